@@ -1,0 +1,73 @@
+"""Figures that any run can have. Files only: no window is opened and no global figure state is touched."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
+    """A figure that draws to files. Size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Every metric of a run over its steps, one small panel each."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("step", "seconds")]
+    columns = min(3, max(1, len(keys)))
+    lines = -(-len(keys) // columns) if keys else 1
+    figure = new_figure(4 * columns, 2.6 * lines)
+    for number, key in enumerate(keys):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), marker=".", linewidth=1)
+        axes.set_title(key.replace("_", " "), fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def plot_scatter(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    x_label: str,
+    y_label: str,
+    joined: Sequence[str] = (),
+) -> None:
+    """Points by series; the series named in `joined` are connected in order of x (fronts, curves)."""
+    figure = new_figure()
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        ordered = np.array(sorted(points)).reshape(-1, 2)
+        style = "o-" if name in joined else "o"
+        axes.plot(ordered[:, 0], ordered[:, 1], style, label=name, markersize=5, linewidth=1.2)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_image_grid(groups: Mapping[str, Sequence[tuple[np.ndarray, str]]], path: str | Path) -> None:
+    """One row of captioned images a group.
+
+    Args:
+        groups: title of the row -> (uint8 [H, W, C] image, caption) pairs.
+    """
+    columns = max(1, max(len(images) for images in groups.values()))
+    figure = new_figure(1.1 * columns, 1.5 * len(groups))
+    for line, (title, images) in enumerate(groups.items()):
+        for column, (image, caption) in enumerate(images):
+            axes = figure.add_subplot(len(groups), columns, line * columns + column + 1)
+            axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_xlabel(caption, fontsize=7)
+            if column == 0:
+                axes.set_title(title, fontsize=9, loc="left")
+    figure.savefig(path, dpi=120)

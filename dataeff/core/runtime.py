@@ -1,0 +1,100 @@
+"""Where an experiment runs. A method touches devices, processes, precision and compilation only through a Runtime."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataeff.core.config import Config
+
+T = TypeVar("T")
+
+
+class RuntimeConfig(Config):
+    """Options of the machine, not of the method: results differ by rounding only."""
+
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward passes; weights stay float32")
+    compile: bool = Field(False, description="torch.compile the network")
+    loader_workers: int = Field(0, ge=0, le=64, description="processes that decode images, per training worker")
+
+
+class Runtime:
+    """One process, or one rank of an initialised `torch.distributed` group.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1"; None takes a GPU where there is one.
+        options: precision, compilation, loader processes.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+
+    def __init__(self, device: str | torch.device | None = None, options: RuntimeConfig | None = None) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device}: no GPU is visible to PyTorch here; leave the GPU option out to run on the CPU")
+        self.options = options or RuntimeConfig()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and return the module to call in training: compiled, in the chosen precision, and
+        with gradients averaged over ranks. `model` itself keeps the weights and their names."""
+        model.to(self.device)
+        if self.options.compile:
+            model.compile()
+        wrapped: nn.Module = model
+        if self.world_size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return _Autocast(wrapped, self.device.type) if self.options.precision == "bf16" else wrapped
+
+    def wrap_loader(self, loader: Iterable[T]) -> Iterator[T]:
+        """Batches of `loader` with their tensors on the device."""
+        for batch in loader:
+            yield self.to_device(batch)
+
+    def to_device(self, batch: Any) -> Any:
+        """A tensor, or a named tuple of tensors, on the device."""
+        if isinstance(batch, Tensor):
+            return batch.to(self.device, non_blocking=True)
+        return type(batch)(*(self.to_device(part) for part in batch))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """Give every rank the main rank's buffers (BatchNorm statistics), so that all evaluate one and the same network."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+class _Autocast(nn.Module):
+    def __init__(self, module: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.module = module
+        self.device_type = device_type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return self.module(*args, **kwargs)

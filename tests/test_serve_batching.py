@@ -1,0 +1,109 @@
+"""Batches of images: who shares one, when it closes, and what a cancelled request leaves."""
+
+import asyncio
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from dataeff.core.artifact import Prediction
+from serve.batching import Batcher
+
+
+class Recorder:
+    """A model that answers each image's own value and notes its batches and threads."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.batches: list[list[float]] = []
+        self.threads: set[str] = set()
+
+    def __call__(self, images: Tensor, budgets: Tensor) -> Prediction:
+        self.batches.append(images.flatten().tolist())
+        self.threads.add(threading.current_thread().name)
+        time.sleep(self.seconds)
+        return Prediction(images.flatten(1), budgets, torch.zeros(len(images), 0, dtype=torch.bool))
+
+
+def images(*values: float) -> Tensor:
+    return torch.tensor(values).reshape(-1, 1, 1, 1)
+
+
+def budgets(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_requests_of_any_size_share_batches_and_keep_their_rows() -> None:
+    model = Recorder()
+
+    async def main() -> list[Prediction]:
+        batcher = Batcher(model, max_batch=4, wait_s=0.05)
+        sizes = [1, 2, 6, 1, 2]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        values = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        return await asyncio.gather(*(batcher.predict(images(*v), budgets(*v)) for v in values))
+
+    answers = asyncio.run(main())
+    assert model.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [answer.probabilities.flatten().tolist() for answer in answers] == [[0], [1, 2], [3, 4, 5, 6, 7, 8], [9], [10, 11]]
+    assert [answer.macs.tolist() for answer in answers] == [[0], [1, 2], [3, 4, 5, 6, 7, 8], [9], [10, 11]]
+    assert threading.current_thread().name not in model.threads
+
+
+def test_images_that_arrive_while_the_model_runs_form_one_batch() -> None:
+    model = Recorder(seconds=0.1)
+
+    async def main() -> None:
+        batcher = Batcher(model, max_batch=64, wait_s=0.001)
+        requests = []
+        for value in range(10):
+            requests.append(asyncio.create_task(batcher.predict(images(value), budgets(1))))
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*requests)
+
+    asyncio.run(main())
+    assert model.batches == [[0], list(range(1, 10))]
+
+
+def test_a_lonely_image_waits_no_longer_than_it_must() -> None:
+    async def main() -> float:
+        batcher = Batcher(Recorder(), max_batch=64, wait_s=0.02)
+        await batcher.predict(images(0), budgets(1))
+        started = time.perf_counter()
+        await batcher.predict(images(1), budgets(1))
+        return time.perf_counter() - started
+
+    assert 0.015 < asyncio.run(main()) < 0.2
+
+
+def test_a_cancelled_request_costs_the_model_nothing() -> None:
+    model = Recorder(seconds=0.05)
+
+    async def main() -> None:
+        batcher = Batcher(model, max_batch=1, wait_s=0)
+        tasks = [asyncio.create_task(batcher.predict(images(value), budgets(1))) for value in range(3)]
+        await asyncio.sleep(0.02)
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    assert model.batches == [[0], [2]]
+
+
+def test_an_ended_batching_task_is_reported() -> None:
+    async def main() -> str:
+        batcher = Batcher(Recorder(), max_batch=1, wait_s=0)
+        await batcher.predict(images(0), budgets(1))
+        batcher.check()
+        assert batcher._worker is not None
+        batcher._worker.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        try:
+            batcher.check()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    assert "ended" in asyncio.run(main())
