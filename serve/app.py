@@ -66,7 +66,8 @@ def parse_options(args: Mapping[str, Any]) -> ModelOptions:
 
 def build(options: ModelOptions, load: Callable[[str], Predictor] = load) -> Application:
     """The application for `options`; `load` turns the artifact folder into a predictor inside each replica."""
-    deployment = ModelServer.options(
+    deployment = serve.deployment(
+        name="ModelServer",
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.num_cpus},
         # A replica refuses by itself, counting images. Serve's own limits stand above that, so that health checks still
@@ -75,11 +76,10 @@ def build(options: ModelOptions, load: Callable[[str], Predictor] = load) -> App
         max_queued_requests=options.max_queue,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
     )
-    return deployment.bind(options, load)
+    application: Application = deployment(serve.ingress()(ModelServer)).bind(options, load)
+    return application
 
 
-@serve.deployment
-@serve.ingress()
 class ModelServer:
     """One replica: a predictor, its batches and its HTTP application."""
 

@@ -117,7 +117,7 @@ def create_app(model: ServedModel, limits: Limits, metrics: Metrics) -> FastAPI:
 
     async def answer(endpoint: str, work: Callable[[Ticket], Awaitable[Response]]) -> Response:
         """Run `work` within the queue and time limits; every failure becomes a status and a sentence."""
-        started, status = time.perf_counter(), 499  # 499: the client left, as the proxy also reports it
+        started, response = time.perf_counter(), None
         try:
             with admission.hold() as ticket:
                 async with asyncio.timeout(limits.timeout_s):
@@ -131,10 +131,9 @@ def create_app(model: ServedModel, limits: Limits, metrics: Metrics) -> FastAPI:
         except Exception:
             logger.exception("%s failed", endpoint)
             response = error_response(500, "the server failed on this request; its log has the details")
-        else:
-            status = response.status_code
-            return response
         finally:
+            # 499 as in the proxy's own counts: the client left, which cancels this coroutine.
+            status = response.status_code if response else 499
             metrics.answered(endpoint, status, time.perf_counter() - started)
         return response
 

@@ -46,7 +46,13 @@ def test_requests_of_any_size_share_batches_and_keep_their_rows() -> None:
 
     answers = asyncio.run(main())
     assert model.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert [answer.probabilities.flatten().tolist() for answer in answers] == [[0], [1, 2], [3, 4, 5, 6, 7, 8], [9], [10, 11]]
+    assert [answer.probabilities.flatten().tolist() for answer in answers] == [
+        [0],
+        [1, 2],
+        [3, 4, 5, 6, 7, 8],
+        [9],
+        [10, 11],
+    ]
     assert [answer.macs.tolist() for answer in answers] == [[0], [1, 2], [3, 4, 5, 6, 7, 8], [9], [10, 11]]
     assert threading.current_thread().name not in model.threads
 

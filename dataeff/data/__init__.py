@@ -2,6 +2,7 @@
 
 from dataeff.data.decode import BadImageError
 from dataeff.data.sources import ImageSource
+from dataeff.data.spec import absolute_spec
 from dataeff.data.splits import Splits, open_splits
 from dataeff.data.stream import Batch, TrainStream, eval_batches
 from dataeff.data.subsets import longtail_subset, stratified_split, stratified_subset
@@ -15,6 +16,7 @@ __all__ = [
     "Preprocess",
     "Splits",
     "TrainStream",
+    "absolute_spec",
     "eval_batches",
     "longtail_subset",
     "open_splits",

@@ -66,7 +66,7 @@ def open_cached(directory: Path, key: str, records: Records) -> MappedStore | No
             checked = set(np.linspace(0, len(batches) - 1, _CHECKED_BATCHES).astype(np.int64).tolist())
             for number in checked:
                 metadata = reader.get_batch_with_custom_metadata(number).custom_metadata
-                if int(metadata[b"crc32"]) != zlib.crc32(_bytes_of(batches[number])):
+                if int(metadata[b"crc32"]) != zlib.crc32(_bytes_of(batches[number]).data):
                     return None
         if sum(len(batch) for batch in batches) != len(records):
             return None
@@ -121,7 +121,7 @@ def _write(path: Path, store: DecodingStore, skip: set[int]) -> None:
             for part, decoded in zip(parts, pool.map(store.read, parts), strict=True):
                 images[part - start] = decoded.numpy().reshape(len(part), width)
             array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(images)])
-            checksum = {"crc32": str(zlib.crc32(images))}
+            checksum = {"crc32": str(zlib.crc32(images.data))}
             writer.write_batch(pa.record_batch([array], schema=schema), custom_metadata=checksum)
 
 

@@ -125,7 +125,7 @@ def _refuse_bomb(pixels: int) -> None:
 
 def _declared_pixels(blob: Tensor) -> int | None:
     """Height times width from a PNG or JPEG header, read without decoding; None for anything else."""
-    data = memoryview(blob.numpy())
+    data = memoryview(blob.numpy())  # type: ignore[arg-type]
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         return int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
     if data[:2] != b"\xff\xd8":

@@ -55,9 +55,7 @@ def _original_sides() -> tuple[Side, Side]:
     return (parts[0], parts[2]), (parts[1], parts[3])
 
 
-def _easy_hard(
-    images: NDArray[np.float64], labels: IntArray, count: int, name: str, seed: tuple[int, int]
-) -> RawSplit:
+def _easy_hard(images: NDArray[np.float64], labels: IntArray, count: int, name: str, seed: tuple[int, int]) -> RawSplit:
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(images), size=count)
     hard = rng.random(count) < 0.4

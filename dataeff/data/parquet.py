@@ -29,8 +29,8 @@ _PATTERNS = {
 def open_parquet(spec: DataSpec) -> RawData:
     """Open `DIR/train*.parquet` and, where present, `val*` (or `validation*`) and `test*`.
 
-    Images are a column `image` or `img`: encoded files, as binary or as a struct with a binary field `bytes`. Labels are
-    an integer column `label`; class names come from the schema metadata (`huggingface`), else they are the numbers.
+    Images are a column `image` or `img`: encoded files, as binary or as a struct with a binary field `bytes`. Labels
+    are an integer column `label`; class names come from the schema metadata (`huggingface`), else they are the numbers.
     """
     root = Path(spec.location).expanduser()
     if not root.is_dir():

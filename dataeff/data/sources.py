@@ -145,7 +145,7 @@ class Records(ABC):
     def load(self, row: int, channels: int) -> Tensor:
         """The decoded image, uint8 [channels, H, W]."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most records have nothing to prepare)
         """Bring everything into memory that loader processes should share rather than read again."""
 
     @contextmanager

@@ -77,6 +77,22 @@ def parse_spec(text: str) -> DataSpec:
     return DataSpec(text=text, kind=kind, location=location, given=frozenset(values), **values)
 
 
+def absolute_spec(text: str) -> str:
+    """The same data string with absolute folders, for processes that start elsewhere.
+
+    Raises:
+        ValueError: as `parse_spec`.
+    """
+    spec = parse_spec(text)
+    source, _, query = text.partition("?")
+    if spec.kind in ("parquet", "folder"):
+        source = f"{spec.kind}:{Path(spec.location).expanduser().resolve()}"
+    items = [item.partition("=") for item in query.split("&") if item]
+    paths = {name: path.resolve() for name, path in (("cache", spec.cache), ("root", spec.root)) if path is not None}
+    options = [f"{name}={paths.get(name, value)}" for name, _, value in items]
+    return "?".join([source, "&".join(options)] if options else [source])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no known name is close."""
     by_lower = {candidate.lower(): candidate for candidate in known}

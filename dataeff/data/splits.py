@@ -123,10 +123,8 @@ def open_splits(text: str) -> Splits:
     )
 
 
-def _prepare(
-    spec: DataSpec, raw: RawSplit, key: str, shape: tuple[int, int, int] | None
-) -> tuple[ImageSource, int]:
-    """A file-level split as images of one shape (that of the training split, where it is known), and how many fell out."""
+def _prepare(spec: DataSpec, raw: RawSplit, key: str, shape: tuple[int, int, int] | None) -> tuple[ImageSource, int]:
+    """A file-level split as images of one shape (the training split's, where known), and how many fell out."""
     if isinstance(raw.pixels, ArrayStore):
         return ImageSource(raw.pixels.reshaped(spec.size, spec.channels), raw.labels, raw.flags), 0
     bad = bad_images(spec.cache, key, raw.pixels) if spec.on_bad_image == "skip" else {}
@@ -143,7 +141,7 @@ def _open_store(
 ) -> Store:
     if spec.cache is not None:
         cached = open_cached(spec.cache, key, records)
-        if cached is not None and shape in (None, cached.shape):
+        if cached is not None:
             return cached
     first = int(rows[0])
     if shape is None:

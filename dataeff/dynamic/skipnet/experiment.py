@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
@@ -68,6 +69,14 @@ class StageConfig(Config):
         return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
 
 
+class Stage2Config(StageConfig):
+    """Stage 2 is a short refinement at a low learning rate (spec section 3)."""
+
+    iterations: int = Field(10_000, ge=0, description="mini-batches")
+    lr: float = Field(1e-4, gt=0, le=10, description="learning rate; 0.01 to 0.02 in small runs")
+    milestones: tuple[float, ...] = ()
+
+
 class SkipNetConfig(ExperimentConfig):
     """Settings of SkipNet and its baselines (spec skipnet section 4)."""
 
@@ -100,7 +109,7 @@ class SkipNetConfig(ExperimentConfig):
     report_every: int = Field(1000, ge=1, description="mini-batches in a step")
     start_from: str | None = Field(None, description="artifact of a stage-1 run (arm sp); stage 1 is then left out")
     stage1: StageConfig = StageConfig()
-    stage2: StageConfig = StageConfig(iterations=10_000, lr=1e-4, milestones=())
+    stage2: Stage2Config = Stage2Config()
 
     @field_validator("start_from")
     @classmethod
@@ -179,7 +188,7 @@ class SkipNetExperiment(Experiment):
         self.preprocess = Preprocess.fit(self.splits.train)
         channels, self.height, self.width = self.splits.image_shape
         self.model = build_network(config, len(self.splits.classes), channels)
-        self.stages = [config.stage1, config.stage2][: len(ARMS[config.arm])]
+        self.stages: list[StageConfig] = [config.stage1, config.stage2][: len(ARMS[config.arm])]
         self.first_stage = 0
         if config.start_from:
             self.model.load_state_dict(_stage1_weights(config, self.splits.classes))
@@ -523,6 +532,4 @@ def _stage1_weights(config: SkipNetConfig, classes: tuple[str, ...]) -> dict[str
 
 def _mix(*numbers: int) -> int:
     """One seed out of several numbers, so that neighbouring ones share nothing."""
-    import numpy as np
-
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

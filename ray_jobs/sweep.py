@@ -1,0 +1,163 @@
+"""A sweep: what to search, for which objectives, and the Optuna study that is its memory."""
+
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field
+from ray.tune.search import Searcher
+
+from dataeff.core.config import Choice, Config, Range, nearest, parse_config, read_yaml
+
+SWEEPS = Path(__file__).parent / "sweeps"
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+class Sweep(Config):
+    """A search, as written in `ray_jobs/sweeps/NAME.yaml`."""
+
+    method: str
+    objectives: dict[str, Literal["maximize", "minimize"]] = Field(
+        min_length=1, description="metrics of the last step and their directions; the first is the one a scheduler prunes by"
+    )
+    space: dict[str, Any] = Field(description="settings to search: {low, high[, log][, integer]} or {choices}")
+    set: dict[str, Any] = Field(default_factory=dict, description="settings that every trial has")
+    shared: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="setting -> settings of a run trained once, whose artifact's path it takes"
+    )
+    reference: dict[str, Any] | None = Field(None, description="settings of a run to compare with, such as the base network")
+    accuracy_tolerance: float = Field(0.005, ge=0, le=1, description="how far below the reference a chosen trial may be")
+    sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
+    scheduler: Literal["asha", "median"] | None = Field(None, description="stops poor trials early; one objective only")
+    trial: Literal["in_process", "ray_train"] = Field("in_process", description="a Tune worker, or a Ray Train run of its own")
+    cpus: int = Field(1, ge=1, description="CPUs of a trial, or of each of its workers")
+    gpus: float = Field(0, ge=0, description="GPUs of a trial, or of each of its workers")
+    workers: int = Field(1, ge=1, description="workers of a trial (ray_train)")
+    trials: int = Field(12, ge=1, description="how many, unless --trials says")
+
+
+def read_sweep(name_or_file: str, method: str) -> Sweep:
+    """A shipped sweep by name, or one from a YAML file.
+
+    Raises:
+        ValueError: unknown name (lists the known ones), a wrong field, or a sweep of another method.
+        FileNotFoundError: no such file.
+    """
+    known = {path.stem: path for path in SWEEPS.glob("*.yaml")}
+    is_file = name_or_file.endswith((".yaml", ".yml"))
+    if name_or_file not in known and not is_file:
+        raise ValueError(f"unknown sweep {name_or_file!r} ({nearest(name_or_file, known)})")
+    sweep = parse_config(Sweep, read_yaml(known.get(name_or_file, name_or_file)), f"sweep {name_or_file}")
+    if sweep.method != method:
+        raise ValueError(f"sweep {name_or_file} is of method {sweep.method!r}, not {method!r}")
+    if sweep.scheduler and len(sweep.objectives) > 1:
+        raise ValueError(f"sweep {name_or_file}: a scheduler needs a single objective, found {len(sweep.objectives)}")
+    return sweep
+
+
+def distributions(space: dict[str, Range | Choice]) -> dict[str, BaseDistribution]:
+    """A checked search space in Optuna's terms."""
+    found: dict[str, BaseDistribution] = {}
+    for name, dimension in space.items():
+        if isinstance(dimension, Choice):
+            found[name] = CategoricalDistribution(dimension.values)
+        elif dimension.integer:
+            found[name] = IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+        else:
+            found[name] = FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return found
+
+
+def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler of a sweep.
+
+    Raises:
+        ValueError: a grid over a range.
+    """
+    if name == "grid":
+        ranges = [key for key, dimension in space.items() if not isinstance(dimension, Choice)]
+        if ranges:
+            raise ValueError(f"sampler grid: {', '.join(ranges)} must be {{choices: [...]}}")
+        choices = {key: list(item.values) for key, item in space.items() if isinstance(item, Choice)}
+        return optuna.samplers.GridSampler(choices, seed=seed)
+    kinds = {
+        "tpe": optuna.samplers.TPESampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+        "random": optuna.samplers.RandomSampler,
+    }
+    sampler: optuna.samplers.BaseSampler = kinds[name](seed=seed)
+    return sampler
+
+
+def open_study(out: Path, sweep: Sweep, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    """The sweep's study in `OUT/study.db`, begun or found there. `optuna-dashboard sqlite:///OUT/study.db` shows it."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=f"sqlite:///{out / 'study.db'}",
+        study_name="sweep",
+        directions=list(sweep.objectives.values()),
+        sampler=sampler,
+        load_if_exists=True,
+    )
+    study.set_metric_names(list(sweep.objectives))
+    return study
+
+
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=ENDED)
+
+
+class StudySearch(Searcher):
+    """Ray Tune's searcher over an Optuna study on disk.
+
+    Ray's own OptunaSearch keeps in memory which study trial belongs to which Tune trial, so a killed sweep leaves trials
+    that nobody ends. Here the study is the only memory: trials that were running when the process died are handed out
+    again first, with their number and parameters, and go on in their own folder.
+    """
+
+    def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], objectives: dict[str, str]) -> None:
+        modes = ["max" if direction == "maximize" else "min" for direction in objectives.values()]
+        super().__init__(metric=list(objectives), mode=modes)
+        self.study = study
+        self.space = space
+        self.objectives = objectives
+        self.interrupted = [trial.number for trial in study.get_trials(states=(TrialState.RUNNING,))]
+        self.numbers: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        with self.lock:
+            if self.interrupted:
+                number = self.interrupted.pop(0)
+                params = self.study.trials[number].params
+            else:
+                trial = self.study.ask(fixed_distributions=self.space)
+                number, params = trial.number, trial.params
+            self.numbers[trial_id] = number
+            return {"number": number, "params": params}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if len(self.objectives) == 1:
+            trial = optuna.trial.Trial(self.study, self.study.trials[self.numbers[trial_id]]._trial_id)
+            trial.report(float(result[next(iter(self.objectives))]), int(result["step"]))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self.numbers[trial_id]
+        if error or not result or any(name not in result for name in self.objectives):
+            self.study.tell(number, state=TrialState.FAIL)
+        elif result["step"] < result["total_steps"]:
+            self.study.tell(number, state=TrialState.PRUNED)
+        else:
+            self.study.tell(number, [float(result[name]) for name in self.objectives])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the study is on disk."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: the study is on disk."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("lock", "study")}
