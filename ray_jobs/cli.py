@@ -51,7 +51,9 @@ def one_line(error: BaseException) -> str:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="NAME_OR_FILE", help="a shipped preset (cpu, gpu, paper, ...) or a YAML file")
+    parser.add_argument(
+        "--config", metavar="NAME_OR_FILE", help="a shipped preset (cpu, gpu, paper, ...) or a YAML file"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
 
 

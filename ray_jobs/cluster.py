@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting one on this machine, with what a job needs."""
 
+import logging
 import os
 import time
 
@@ -21,11 +22,13 @@ def connect() -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "local")
         detail = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot reach the Ray cluster ({address}): {detail}; check RAY_ADDRESS and the token") from None
+        raise UserError(
+            f"cannot reach the Ray cluster ({address}): {detail}; check RAY_ADDRESS and the token"
+        ) from None
 
 
 def require(cpus: float, gpus: float, wait_seconds: float = 0) -> None:

@@ -21,18 +21,25 @@ class Sweep(Config):
 
     method: str
     objectives: dict[str, Literal["maximize", "minimize"]] = Field(
-        min_length=1, description="metrics of the last step and their directions; the first is the one a scheduler prunes by"
+        min_length=1,
+        description="metrics of the last step and their directions; the first is the one a scheduler prunes by",
     )
     space: dict[str, Any] = Field(description="settings to search: {low, high[, log][, integer]} or {choices}")
     set: dict[str, Any] = Field(default_factory=dict, description="settings that every trial has")
     shared: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="setting -> settings of a run trained once, whose artifact's path it takes"
     )
-    reference: dict[str, Any] | None = Field(None, description="settings of a run to compare with, such as the base network")
-    accuracy_tolerance: float = Field(0.005, ge=0, le=1, description="how far below the reference a chosen trial may be")
+    reference: dict[str, Any] | None = Field(
+        None, description="settings of a run to compare with, such as the base network"
+    )
+    accuracy_tolerance: float = Field(
+        0.005, ge=0, le=1, description="how far below the reference a chosen trial may be"
+    )
     sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
     scheduler: Literal["asha", "median"] | None = Field(None, description="stops poor trials early; one objective only")
-    trial: Literal["in_process", "ray_train"] = Field("in_process", description="a Tune worker, or a Ray Train run of its own")
+    trial: Literal["in_process", "ray_train"] = Field(
+        "in_process", description="a Tune worker, or a Ray Train run of its own"
+    )
     cpus: int = Field(1, ge=1, description="CPUs of a trial, or of each of its workers")
     gpus: float = Field(0, ge=0, description="GPUs of a trial, or of each of its workers")
     workers: int = Field(1, ge=1, description="workers of a trial (ray_train)")
@@ -93,7 +100,7 @@ def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optu
 
 
 def open_study(out: Path, sweep: Sweep, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-    """The sweep's study in `OUT/study.db`, begun or found there. `optuna-dashboard sqlite:///OUT/study.db` shows it."""
+    """The sweep's study in `OUT/study.db`, begun or found there; `optuna-dashboard sqlite:///OUT/study.db` shows it."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=f"sqlite:///{out / 'study.db'}",
@@ -120,7 +127,7 @@ class StudySearch(Searcher):
 
     def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], objectives: dict[str, str]) -> None:
         modes = ["max" if direction == "maximize" else "min" for direction in objectives.values()]
-        super().__init__(metric=list(objectives), mode=modes)
+        super().__init__(metric=list(objectives), mode=modes)  # type: ignore[arg-type]  # lists are allowed
         self.study = study
         self.space = space
         self.objectives = objectives

@@ -12,6 +12,8 @@ from dataeff.core.run import RunDirectory
 from dataeff.core.runtime import RuntimeConfig
 from dataeff.data import absolute_spec, open_splits
 from ray_jobs.cli import add_config_arguments, read_settings, run_command
+from ray_jobs.cluster import connect, cpus_per_worker, require
+from ray_jobs.training import Job, elapsed, run_training
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -22,7 +24,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="training processes (default: one a GPU, or 1)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs in total (default: 0, train on CPUs)")
     parser.add_argument("--cpus-per-worker", type=int, help="default: an equal share of the machine; 1 on a cluster")
-    parser.add_argument("--storage", help="folder or URI for checkpoints that all nodes reach (default: OUT/checkpoints)")
+    parser.add_argument(
+        "--storage", help="folder or URI for checkpoints that all nodes reach (default: OUT/checkpoints)"
+    )
     parser.add_argument("--max-failures", type=int, default=3, help="restarts after a lost worker or node")
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="wait so long for nodes to join")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -53,9 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if folder.finished:
         print(f"{folder.path} is complete; nothing to resume")
         return folder.summary()
-
-    from ray_jobs.cluster import connect, cpus_per_worker, require
-    from ray_jobs.training import Job, elapsed, run_training
 
     started = time.perf_counter()
     connect()

@@ -1,4 +1,4 @@
-"""One run of one method on Ray Train: the worker's loop, its checkpoints on Ray's storage, and the events people see."""
+"""One run of one method on Ray Train: the worker's loop, checkpoints on Ray's storage, and the events people see."""
 
 import json
 import shutil
@@ -160,8 +160,7 @@ def run_training(job: Job, folder: RunDirectory, callbacks: list[Any] | None = N
         scaling_config=ScalingConfig(
             num_workers=job.workers,
             use_gpu=job.gpus > 0,
-            resources_per_worker={"CPU": job.cpus_per_worker}
-            | ({"GPU": job.gpus / job.workers} if job.gpus else {}),
+            resources_per_worker={"CPU": job.cpus_per_worker} | ({"GPU": job.gpus / job.workers} if job.gpus else {}),
         ),
         run_config=RunConfig(
             name=attempt,

@@ -10,17 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from optuna.trial import FrozenTrial, TrialState
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 from dataeff.core.config import Choice, Range, merge, parse_config, parse_space, unflatten
-from dataeff.core.experiment import Experiment
 from dataeff.core.plots import plot_scatter
 from dataeff.core.registry import METHODS, get_method
-from dataeff.core.run import Row, RunDirectory, replace_text, train
+from dataeff.core.run import METRICS, Row, RunDirectory, read_rows, replace_text, train
 from dataeff.core.runtime import Runtime, RuntimeConfig
 from dataeff.data import absolute_spec, open_splits
 from ray_jobs.cli import UserError, add_config_arguments, read_settings, run_command
+from ray_jobs.cluster import connect, require
 from ray_jobs.sweep import StudySearch, Sweep, distributions, ended, make_sampler, open_study, read_sweep
+from ray_jobs.training import Job, root_cause, run_training
 
 FRONT = "front.json"
 
@@ -32,6 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--trials", type=int, help="trials in all, those before a --resume included")
+    parser.add_argument("--reference", type=Path, help="a finished run to compare with, instead of the sweep's own")
     parser.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the sweep in --out")
     add_config_arguments(parser)
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     sweep = read_sweep(args.sweep, args.method)
     settings = merge(read_settings(args.method, args.config, args.set, "gpu" if sweep.gpus else "cpu"), sweep.set)
     # While a shared run's path is not known yet, the settings are checked as those of that run's own kind.
-    checkable = merge(settings, {name: str(args.out) for name in sweep.shared})
+    checkable = merge({name: str(args.out) for name in sweep.shared}, settings)
     parse_config(method.config_schema, checkable, f"sweep {args.sweep}")
     space = parse_space(method.config_schema, sweep.space, checkable, f"sweep {args.sweep}")
     trials = args.trials or sweep.trials
@@ -57,14 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     folder = RunDirectory(args.out, f"tune:{args.method}", data, identity, args.resume, args.overwrite)
     out = folder.path.absolute()
 
-    from ray_jobs.cluster import connect, require
-
     connect()
     require(sweep.cpus * sweep.workers, sweep.gpus * sweep.workers)
     for name, changes in sweep.shared.items():
-        settings = merge(settings, {name: _train_once(sweep, name, merge(settings, changes), data, out)})
+        if name not in settings:
+            settings = merge(settings, {name: _train_once(sweep, name, merge(settings, changes), data, out)})
     reference = None
-    if sweep.reference is not None:
+    if args.reference is not None:
+        reference = _last_row(args.reference)
+    elif sweep.reference is not None:
         own = {key: value for key, value in settings.items() if key not in sweep.shared}
         _train_once(sweep, "reference", merge(own, sweep.reference), data, out)
         reference = _last_row(out / "shared" / "reference")
@@ -76,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _train_once(sweep: Sweep, name: str, settings: dict[str, Any], data: str, out: Path) -> str:
     """Train a run that the trials share, on the cluster; the path of its artifact."""
-    import ray
-
     settings = {key: value for key, value in settings.items() if key != name}
     folder = out / "shared" / name
     print(f"training {name} ...", file=sys.stderr, flush=True)
@@ -96,8 +101,6 @@ def _run_silently(method: str, data: str, out: str, settings: dict[str, Any]) ->
 
 def run_trial(options: dict[str, Any], setup: dict[str, Any]) -> None:
     """One trial, in a Tune worker; it goes on where an interrupted one stopped."""
-    from ray import tune
-
     sweep = Sweep(**setup["sweep"])
     settings = merge(setup["settings"], unflatten(options["params"]))
     out = Path(setup["out"]) / "trials" / f"{options['number']:04d}"
@@ -117,11 +120,6 @@ def run_trial(options: dict[str, Any], setup: dict[str, Any]) -> None:
 
 
 def _run_trial_on_ray_train(sweep: Sweep, settings: dict[str, Any], data: str, out: Path) -> None:
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from ray_jobs.training import Job, run_training
-
     config = parse_config(get_method(sweep.method).config_schema, settings).model_dump(mode="json")
     folder = RunDirectory(out, sweep.method, data, config, resume=True)
     if folder.finished:
@@ -145,16 +143,13 @@ def _run_trial_on_ray_train(sweep: Sweep, settings: dict[str, Any], data: str, o
 def _search(
     sweep: Sweep, space: dict[str, Range | Choice], settings: dict[str, Any], data: str, out: Path, trials: int
 ) -> None:
-    import ray
-    from ray import tune
-
     study = open_study(out, sweep, make_sampler(sweep.sampler, space, int(settings.get("seed", 0))))
     remaining = trials - len(ended(study))
     if remaining <= 0:
         return
     setup = {"sweep": sweep.model_dump(), "settings": settings, "data": data, "out": str(out)}
     # A Ray Train trial only waits for its workers, which take the resources themselves.
-    own = {"CPU": 0} if sweep.trial == "ray_train" else {"CPU": sweep.cpus, "GPU": sweep.gpus}
+    own: dict[str, float] = {"CPU": 0} if sweep.trial == "ray_train" else {"CPU": sweep.cpus, "GPU": sweep.gpus}
     share = sweep.cpus * sweep.workers
     concurrent = max(1, int(ray.cluster_resources().get("CPU", 1)) // share)
     if sweep.gpus:
@@ -172,20 +167,16 @@ def _search(
             name="tune",
             storage_path=str(out / "tune"),
             verbose=0,
-            callbacks=[_TrialProgress(search, trials, sweep)],
+            callbacks=[TrialProgress(search, trials, list(sweep.objectives))],
         ),
     )
     results = tuner.fit()
     failures = [error for error in results.errors if error is not None]
     if failures and len(failures) == remaining:
-        from ray_jobs.training import root_cause
-
         raise UserError(f"every trial failed; the first: {root_cause(failures[0])}")
 
 
 def _scheduler(sweep: Sweep) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
-
     if sweep.scheduler is None:
         return None
     metric, direction = next(iter(sweep.objectives.items()))
@@ -193,36 +184,36 @@ def _scheduler(sweep: Sweep) -> Any:
     return kind(time_attr="step", metric=metric, mode="max" if direction == "maximize" else "min")
 
 
-class _TrialProgress:
-    """A line for each trial that ends, with the time left. A Tune callback by duck type, made below."""
+class TrialProgress(tune.Callback):
+    """A line for each trial that ends, with the time left."""
 
-    def __new__(cls, search: StudySearch, trials: int, sweep: Sweep) -> Any:
-        from ray import tune
+    def __init__(self, search: StudySearch, total: int, objectives: Sequence[str]) -> None:
+        self.study = search.study
+        self.total = total
+        self.objectives = objectives
+        self.started = time.perf_counter()
+        self.done_before = len(ended(search.study))
 
-        started, done_before = time.perf_counter(), len(ended(search.study))
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._show(trial)
 
-        class Callback(tune.Callback):
-            def on_trial_complete(self, iteration: int, trials_: Any = None, trial: Any = None, **info: Any) -> None:
-                self._show(trial)
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._show(trial)
 
-            def on_trial_error(self, iteration: int, trials_: Any = None, trial: Any = None, **info: Any) -> None:
-                self._show(trial)
-
-            def _show(self, trial: Any) -> None:
-                done = len(ended(search.study))
-                result = trial.last_result or {}
-                values = "  ".join(f"{key} {result[key]:.4g}" for key in sweep.objectives if key in result) or "failed"
-                params = "  ".join(f"{key}={value:.3g}" for key, value in trial.config["params"].items())
-                left = (time.perf_counter() - started) / max(1, done - done_before) * max(0, trials - done)
-                clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
-                print(f"trial {done}/{trials}  {params}  ->  {values}  {clock}", file=sys.stderr, flush=True)
-
-        return Callback()
+    def _show(self, trial: Any) -> None:
+        done = len(ended(self.study))
+        result = trial.last_result or {}
+        values = "  ".join(f"{name} {result[name]:.4g}" for name in self.objectives if name in result) or "failed"
+        params = "  ".join(
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in trial.config["params"].items()
+        )
+        left = (time.perf_counter() - self.started) / max(1, done - self.done_before) * max(0, self.total - done)
+        clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
+        print(f"trial {done}/{self.total}  {params}  ->  {values}  {clock}", file=sys.stderr, flush=True)
 
 
 def _last_row(folder: Path) -> Row:
-    from dataeff.core.run import METRICS, read_rows
-
     return read_rows(folder / METRICS)[-1]
 
 
@@ -230,7 +221,8 @@ def write_front(sweep: Sweep, out: Path, reference: Row | None) -> dict[str, Any
     """Write `front.json` and `front.png`, and return what they show.
 
     The chosen trial is the cheapest whose first objective (an accuracy) is at most `accuracy_tolerance` below the
-    reference (spec skipnet section 5); without a reference, or when none is that good, the one best in the first objective.
+    reference (spec skipnet section 5); without a reference, or when none is that good, the best in
+    the first objective.
     """
     study = open_study(out, sweep, make_sampler("random", {}, 0))
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]

@@ -96,9 +96,9 @@ class Batcher:
         return batch
 
     async def _answer(self, batch: list[_Row]) -> None:
-        images = torch.stack([row.image for row in batch])
-        budgets = torch.stack([row.budget for row in batch])
         try:
+            images = torch.stack([row.image for row in batch])
+            budgets = torch.stack([row.budget for row in batch])
             result = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, images, budgets)
         except Exception as error:
             if len(batch) > 1:

@@ -58,14 +58,22 @@ def test_requests_of_any_size_share_batches_and_keep_their_rows() -> None:
 
 
 def test_images_that_arrive_while_the_model_runs_form_one_batch() -> None:
-    model = Recorder(seconds=0.1)
+    model = Recorder()
+    started, release = threading.Event(), threading.Event()
+
+    def run(images: Tensor, budgets: Tensor) -> Prediction:
+        started.set()
+        assert release.wait(10)
+        return model(images, budgets)
 
     async def main() -> None:
-        batcher = Batcher(model, max_batch=64, wait_s=0.001)
-        requests = []
-        for value in range(10):
+        batcher = Batcher(run, max_batch=64, wait_s=0.001)
+        requests = [asyncio.create_task(batcher.predict(images(0), budgets(1)))]
+        await asyncio.to_thread(started.wait)
+        for value in range(1, 10):
             requests.append(asyncio.create_task(batcher.predict(images(value), budgets(1))))
             await asyncio.sleep(0.005)
+        release.set()
         await asyncio.gather(*requests)
 
     asyncio.run(main())

@@ -136,14 +136,14 @@ def zip_bomb(text_bytes: int) -> bytes:
     whole = encoded(PIL.Image.new("L", (8, 8)))
     text = b"zTXt" + b"Comment\0\0" + zlib.compress(b"\0" * text_bytes, 9)
     chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
-    end_of_header = 8 + 25
-    return whole[:end_of_header] + chunk + whole[end_of_header:]
+    return whole[:33] + chunk + whole[33:]  # after the signature and IHDR
 
 
 def giant() -> bytes:
     """A few bytes that claim 30,000 x 30,000 pixels."""
+    whole = encoded(PIL.Image.new("L", (8, 8)))
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    return encoded(PIL.Image.new("L", (8, 8)))[:12] + header + struct.pack(">I", zlib.crc32(header))
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
 
 
 def tensor_request(value: float, shape: tuple[int, ...] = (1, 3, 8, 8)) -> bytes:
@@ -161,7 +161,7 @@ def tensor_request(value: float, shape: tuple[int, ...] = (1, 3, 8, 8)) -> bytes
         ("/predict", "text/plain", b"hello", 415, "Content-Type"),
         ("/predict", "image/png", bytes(11 * 2**20), 413, "larger than"),
         ("/predict", "image/png", fifty_megapixels(), 413, "50000000 pixels"),
-        ("/predict", "image/png", giant(), 413, "900000000 pixels"),
+        ("/predict", "image/png", giant(), 413, "more than the 16777216 pixels"),
         ("/predict", "image/png", zip_bomb(200_000_000), 400, "not a readable"),
         ("/predict?budget=2", "image/png", encoded(picture(0)), 400, "budget = 2"),
         (INFER, "application/json", b"{", 400, "JSON"),

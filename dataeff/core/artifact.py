@@ -1,7 +1,7 @@
 """What a finished run leaves for serving: `model.safetensors`, `config.yaml` and `card.json` in one directory.
 
-Nothing in an artifact is executable and nothing is unpickled. The card carries a checksum of the other two files, so that a
-truncated or edited artifact is refused by name rather than served.
+Nothing in an artifact is executable and nothing is unpickled. The card carries a checksum of the other two files, so
+that a truncated or edited artifact is refused by name rather than served.
 """
 
 import hashlib
@@ -38,7 +38,9 @@ class Card(Config):
     input_shape: tuple[int, int, int] = Field(description="(channels, height, width)")
     preprocess: dict[str, Any]
     metrics: dict[str, float] = Field(description="on the test split")
-    cost: dict[str, float] = Field(description="macs: mean multiply-adds an image; full_macs: with nothing skipped; params")
+    cost: dict[str, float] = Field(
+        description="macs: mean multiply-adds an image; full_macs: with nothing skipped; params"
+    )
     data: dict[str, str] = Field(description="name and fingerprint of the training data")
     versions: dict[str, str]
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the other files")
@@ -77,7 +79,7 @@ class Predictor(Protocol):
         """Images of any size to float32 [B, C, H, W], as in training."""
 
     def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction:
-        """Answer float32 [B, C, H, W]; `budget` float64 [B] bounds each image's multiply-adds where the network allows it."""
+        """Answer float32 [B, C, H, W]; `budget` float64 [B] bounds an image's multiply-adds where the network can."""
 
 
 def save_artifact(directory: str | Path, card: Card, config: Config, state: Mapping[str, Tensor]) -> None:
@@ -133,7 +135,9 @@ def _read_card(directory: Path) -> Card:
     try:
         values = json.loads((directory / CARD).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"artifact {directory}: {CARD} is not valid JSON (truncated or edited); export it again") from None
+        raise ValueError(
+            f"artifact {directory}: {CARD} is not valid JSON (truncated or edited); export it again"
+        ) from None
     if not isinstance(values, dict) or values.get("format") != "dataeff.artifact":
         raise ValueError(f"artifact {directory}: {CARD} was not written by dataeff")
     version = values.get("schema_version")
@@ -169,7 +173,7 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("dataeff", "torchvision", "ray", "optuna"):
         try:
             found[name] = version(name)

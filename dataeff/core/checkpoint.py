@@ -1,6 +1,7 @@
 """Training state on disk: one file of tensors and plain values, and a seal that is written last.
 
-A process can be killed at any moment, also while a checkpoint is copied; a checkpoint counts only when its seal matches.
+A process can be killed at any moment, also while a checkpoint is copied; a checkpoint counts only when its seal
+matches.
 """
 
 import hashlib

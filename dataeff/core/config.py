@@ -1,7 +1,7 @@
 """One schema for a method's settings, whether they come from YAML, from `--set a.b=c` or from a search space.
 
-A method declares its settings as a subclass of `Config`, each field with its range, meaning, unit and source; the functions
-below turn mappings, overrides and search spaces into checked configs and every mistake into one sentence.
+A method declares its settings as a subclass of `Config`, each field with its range, meaning, unit and source; the
+functions below turn mappings, overrides and search spaces into checked configs and every mistake into one sentence.
 """
 
 import difflib
@@ -28,7 +28,9 @@ class Config(BaseModel):
 class ExperimentConfig(Config):
     """Settings that every method has."""
 
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="decides initial weights, data order, augmentation and sampling")
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="decides initial weights, data order, augmentation and sampling"
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -196,7 +198,7 @@ class Choice:
 def parse_space(
     schema: type[Config], space: Mapping[str, Any], base: Mapping[str, Any], where: str
 ) -> dict[str, Range | Choice]:
-    """A search space, checked against the same schema as a config: `{"alpha": {"low": 0, "high": 4}, "gate": {"choices": [...]}}`.
+    """A search space such as `{"alpha": {"low": 0, "high": 4}, "gate": {"choices": [...]}}`, checked against `schema`.
 
     Args:
         base: the settings that stay fixed; every end point and every choice must be valid together with them.
@@ -233,5 +235,7 @@ def _parse_dimension(name: str, entry: Any, where: str) -> Range | Choice:
         raise ValueError(form) from None
     log = bool(entry.get("log", False))
     if not low < high or (log and low <= 0):
-        raise ValueError(f"{where}: {name}: low = {low:g} must be below high = {high:g}" + (" and above 0" if log else ""))
+        raise ValueError(
+            f"{where}: {name}: low = {low:g} must be below high = {high:g}" + (" and above 0" if log else "")
+        )
     return Range(low, high, log, bool(entry.get("integer", False)))

@@ -17,9 +17,9 @@ from dataeff.core.runtime import Runtime
 class Experiment(ABC):
     """One run of one method on one data set.
 
-    The same object is driven by `dataeff.train`, by a Ray Train worker, by a Tune trial and by a test. Before every step
-    all global random generators are seeded from (seed, step, rank), so a run that is resumed at a step boundary draws what
-    the undisturbed run draws, on any number of workers, without a generator state in the checkpoint.
+    The same object is driven by `dataeff.train`, by a Ray Train worker, by a Tune trial and by a test. Before every
+    step all global random generators are seeded from (seed, step, rank), so a run that is resumed at a step boundary
+    draws what the undisturbed run draws, on any number of workers, without a generator state in the checkpoint.
 
     Args:
         config: the method's settings.

@@ -1,4 +1,4 @@
-"""A run from beginning to end: the loop that every driver uses, the run directory, and `dataeff.train` for one process."""
+"""A run from beginning to end: the loop that every driver uses, the run directory, and `dataeff.train`."""
 
 import json
 import os

@@ -38,7 +38,9 @@ class Runtime:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device}: no GPU is visible to PyTorch here; leave the GPU option out to run on the CPU")
+            raise ValueError(
+                f"device {device}: no GPU is visible to PyTorch here; leave the GPU option out to run on the CPU"
+            )
         self.options = options or RuntimeConfig()
 
     @property
@@ -83,7 +85,7 @@ class Runtime:
         return tensor
 
     def sync_buffers(self, model: nn.Module) -> None:
-        """Give every rank the main rank's buffers (BatchNorm statistics), so that all evaluate one and the same network."""
+        """Give every rank the main rank's buffers (BatchNorm statistics), so that all evaluate the same network."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)

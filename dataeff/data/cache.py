@@ -31,23 +31,31 @@ _CHECKED_BATCHES = 32
 
 
 class MappedStore:
-    """Decoded images in a memory-mapped Arrow file; rows that were skipped hold zeros and are never asked for."""
+    """Decoded images in a memory-mapped Arrow file; rows that were skipped hold zeros and are never asked for.
 
-    def __init__(self, batches: list[NDArray[np.uint8]], records: Records) -> None:
-        self._batches = batches
+    Args:
+        file: the whole mapped file, uint8 [bytes].
+        starts: the byte at which each row begins, int64 [N].
+        shape: (C, H, W).
+        records: what the rows were decoded from.
+    """
+
+    def __init__(
+        self, file: NDArray[np.uint8], starts: IntArray, shape: tuple[int, int, int], records: Records
+    ) -> None:
+        width = int(np.prod(shape))
+        # Rows of one Arrow batch follow one another, batches do not: seen as a window at every byte, any rows are one
+        # indexing operation.
+        self._windows = np.lib.stride_tricks.as_strided(file, (len(file) - width + 1, width), (1, 1), writeable=False)
+        self._starts = starts
         self._records = records
-        self._batch_rows = len(batches[0])
-        self.shape: tuple[int, int, int] = batches[0].shape[1:]  # type: ignore[assignment]
+        self.shape = shape
 
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, rows: IntArray) -> Tensor:
-        images = np.empty((len(rows), *self.shape), dtype=np.uint8)
-        batches, size = self._batches, self._batch_rows
-        for position, row in enumerate(rows.tolist()):
-            images[position] = batches[row // size][row % size]
-        return torch.from_numpy(images)
+        return torch.from_numpy(self._windows[self._starts[rows]]).view(len(rows), *self.shape)
 
     def describe(self, row: int) -> str:
         return self._records.describe(row)
@@ -60,17 +68,21 @@ def open_cached(directory: Path, key: str, records: Records) -> MappedStore | No
         return None
     try:
         with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            shape = tuple(json.loads(reader.schema.metadata[b"shape"]))
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-            checked = set(np.linspace(0, len(batches) - 1, _CHECKED_BATCHES).astype(np.int64).tolist())
-            for number in checked:
-                metadata = reader.get_batch_with_custom_metadata(number).custom_metadata
-                if int(metadata[b"crc32"]) != zlib.crc32(_bytes_of(batches[number]).data):
-                    return None
+            file = source.read_buffer()
+        reader = pa.ipc.open_file(file)
+        shape = tuple(json.loads(reader.schema.metadata[b"shape"]))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        checked = set(np.linspace(0, len(batches) - 1, _CHECKED_BATCHES).astype(np.int64).tolist())
+        for number in checked:
+            metadata = reader.get_batch_with_custom_metadata(number).custom_metadata
+            if int(metadata[b"crc32"]) != zlib.crc32(_bytes_of(batches[number]).data):
+                return None
         if sum(len(batch) for batch in batches) != len(records):
             return None
-        return MappedStore([_bytes_of(batch).reshape(len(batch), *shape) for batch in batches], records)
+        starts = [
+            _bytes_of(batch).ctypes.data - file.address + np.prod(shape) * np.arange(len(batch)) for batch in batches
+        ]
+        return MappedStore(np.frombuffer(file, dtype=np.uint8), np.concatenate(starts), shape, records)
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None
 

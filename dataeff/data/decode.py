@@ -8,6 +8,7 @@ a server sees that opens the same file with Pillow.
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -39,10 +40,11 @@ def decode(blob: Tensor, channels: int) -> Tensor:
     pixels = _declared_pixels(blob)
     if pixels is not None:
         _refuse_bomb(pixels)
-        try:
-            image = decode_image(blob, ImageReadMode.RGB if channels == 3 else ImageReadMode.UNCHANGED)
-        except RuntimeError:
-            image = None
+        image: Tensor | None = None
+        with suppress(RuntimeError):  # damaged, or a variant that only Pillow reads: Pillow decides
+            image = decode_image(
+                blob, ImageReadMode.RGB if channels == 3 or _is_palette(blob) else ImageReadMode.UNCHANGED
+            )
         if image is not None and image.dtype == torch.uint8:
             if image.shape[0] == channels:
                 return image
@@ -116,6 +118,11 @@ def _luma(rgb: Tensor) -> Tensor:
     # Pillow's integer ITU-R 601 weights; libjpeg's own grey output rounds differently.
     weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)
     return (((rgb.to(torch.int32) * weights).sum(0, keepdim=True) + 0x8000) >> 16).to(torch.uint8)
+
+
+def _is_palette(blob: Tensor) -> bool:
+    # The colour type of a PNG header; undecoded, the pixels of such a file are palette indices that look like greys.
+    return len(blob) > 25 and bytes(blob[1:4].tolist()) == b"PNG" and int(blob[25]) == 3
 
 
 def _refuse_bomb(pixels: int) -> None:

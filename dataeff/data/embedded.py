@@ -69,7 +69,8 @@ def _easy_hard(images: NDArray[np.float64], labels: IntArray, count: int, name: 
 
 
 def _to_uint8(images: NDArray[np.float64]) -> NDArray[np.uint8]:
-    return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
+    scaled: NDArray[np.uint8] = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
+    return scaled
 
 
 def _store(images: NDArray[np.uint8], name: str) -> ArrayStore:

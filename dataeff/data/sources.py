@@ -113,7 +113,7 @@ class ArrayStore:
         return len(self._images)
 
     def read(self, rows: IntArray) -> Tensor:
-        return self._images[torch.from_numpy(rows)]
+        return self._images.index_select(0, torch.from_numpy(rows))
 
     def describe(self, row: int) -> str:
         return f"{self._name} image {row}"

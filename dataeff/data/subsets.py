@@ -67,7 +67,7 @@ def longtail_subset(labels: IntArray, ratio: float, seed: int) -> IntArray:
 
 def _quotas(counts: IntArray, n: int, at_least: int) -> IntArray:
     exact = counts * (n / counts.sum())
-    quotas = np.maximum(np.floor(exact).astype(np.int64), at_least)
+    quotas: IntArray = np.maximum(np.floor(exact).astype(np.int64), at_least)
     while quotas.sum() != n:
         step = 1 if quotas.sum() < n else -1
         movable = quotas < counts if step > 0 else quotas > at_least

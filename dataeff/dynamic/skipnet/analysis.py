@@ -21,7 +21,7 @@ GRID_COLUMNS = 8
 
 @dataclass(frozen=True)
 class Profile:
-    """Decisions on n images: executed bool [n, N] (column i for block i+2), labels, predicted int64 [n], indices int64 [n]."""
+    """Decisions on n images: executed bool [n, N] (column i for block i+2); labels, predicted, indices int64 [n]."""
 
     executed: NDArray[np.bool_]
     labels: NDArray[np.int64]
@@ -31,11 +31,11 @@ class Profile:
     @property
     def executed_count(self) -> NDArray[np.int64]:
         """Executed blocks of each image, the first block not counted."""
-        return self.executed.sum(1)
+        return np.asarray(self.executed.sum(1), np.int64)
 
     @property
     def skipped_count(self) -> NDArray[np.int64]:
-        return self.executed.shape[1] - self.executed_count
+        return np.asarray(self.executed.shape[1] - self.executed_count, np.int64)
 
 
 def collect(outputs: Iterable[tuple[SkipNetOutput, Batch]]) -> Profile:
@@ -50,7 +50,7 @@ def collect(outputs: Iterable[tuple[SkipNetOutput, Batch]]) -> Profile:
 
 def skip_ratios(profile: Profile) -> NDArray[np.float64]:
     """Share of images that skip each gated block, [N]."""
-    return 1 - profile.executed.mean(0)
+    return np.asarray(1 - profile.executed.mean(0), np.float64)
 
 
 def class_medians(profile: Profile, num_classes: int) -> NDArray[np.float64]:
@@ -67,17 +67,17 @@ def executed_by_scale(
 ) -> dict[float, NDArray[np.int64]]:
     """Executed blocks of up to `limit` images resized by each scale.
 
-    Gates pool globally, so any size runs; sizes are rounded to what the network's strides allow, and scales that round to
-    a size below its minimum are left out.
+    Gates pool globally, so any size runs; sizes are rounded to what the network's strides allow, and scales that
+    round to a size below its minimum are left out.
     """
     multiple = model.backbone.size_multiple
     smallest = max(8, 2 * multiple)
     device = model.backbone.head.weight.device
     counts: dict[float, NDArray[np.int64]] = {}
     for scale in scales:
-        found = []
+        found: list[NDArray[np.int64]] = []
         for batch in eval_batches(source, preprocess, 128):
-            if sum(map(len, found)) >= limit:
+            if sum(len(part) for part in found) >= limit:
                 break
             size = [round(extent * scale / multiple) * multiple for extent in batch.images.shape[2:]]
             if min(size) < smallest:

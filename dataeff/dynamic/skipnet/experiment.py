@@ -31,7 +31,7 @@ from dataeff.dynamic.skipnet.model import (
     build_skipnet,
     survival_probabilities,
 )
-from dataeff.dynamic.skipnet.predictor import SkipNetPredictor
+
 from dataeff.metrics.cost import parameters
 
 MAX_BAD_STEPS = 10
@@ -48,7 +48,9 @@ class StageConfig(Config):
     nesterov: bool = False
     weight_decay: float = Field(1e-4, ge=0, le=1)
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = Field((0.5, 0.75), description="fractions of the stage where lr drops tenfold (step)")
+    milestones: tuple[float, ...] = Field(
+        (0.5, 0.75), description="fractions of the stage where lr drops tenfold (step)"
+    )
     warmup_iterations: int = Field(0, ge=0, description="mini-batches at warmup_lr; 400 for depth 110")
     warmup_lr: float = Field(0.01, gt=0, le=10)
 
@@ -93,11 +95,17 @@ class SkipNetConfig(ExperimentConfig):
     gate: Gate = Field("rnn", description="rnn, ffgate1 (up to ~100 layers), ffgate2 (deeper), linear (control)")
     embed_dim: int = Field(10, ge=1, le=1024, description="input size of the RNN gate")
     hidden_dim: int = Field(10, ge=1, le=1024, description="state size of the RNN gate")
-    gate_bias_init: float = Field(0.0, ge=-5, le=5, description="0.5 to 2 in small runs, else all blocks may be skipped")
-    gate_temperature: float = Field(1.0, gt=0, le=100, description="divides the gates' output before stage 2; above 1 explores")
+    gate_bias_init: float = Field(
+        0.0, ge=-5, le=5, description="0.5 to 2 in small runs, else all blocks may be skipped"
+    )
+    gate_temperature: float = Field(
+        1.0, gt=0, le=100, description="divides the gates' output before stage 2; above 1 explores"
+    )
     gumbel_temperature: tuple[float, float] = Field((1.0, 0.1), description="first and last, annealed geometrically")
     alpha: float = Field(1.0, ge=0, le=100, description="weight of skipped blocks in the reward; 0 to 4 in the source")
-    beta: Literal["alpha_over_n"] | float = Field("alpha_over_n", ge=0, description="weight of the loss in the reward; 1: Eq. 2.5")
+    beta: Literal["alpha_over_n"] | float = Field(
+        "alpha_over_n", ge=0, description="weight of the loss in the reward; 1: Eq. 2.5"
+    )
     rl_weight: float = Field(0.01, ge=0, le=100, description="weight of the policy gradient")
     gamma: float = Field(1.0, gt=0, le=1, description="discount of later skips")
     reward_baseline: Literal["none", "batch_mean"] = "none"
@@ -105,7 +113,9 @@ class SkipNetConfig(ExperimentConfig):
     block_costs: Literal["ones", "macs"] = Field("ones", description="C_i: 1, or multiply-adds relative to their mean")
     keep: float = Field(0.5, ge=0, le=1, description="share of blocks that the arm sdv executes")
     clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm; 5 in small runs")
-    augment: Literal["none", "shift", "shift_flip", "imagenet"] = Field("shift_flip", description="shift: no mirroring, for digits")
+    augment: Literal["none", "shift", "shift_flip", "imagenet"] = Field(
+        "shift_flip", description="shift: no mirroring, for digits"
+    )
     report_every: int = Field(1000, ge=1, description="mini-batches in a step")
     start_from: str | None = Field(None, description="artifact of a stage-1 run (arm sp); stage 1 is then left out")
     stage1: StageConfig = StageConfig()
@@ -335,7 +345,9 @@ class SkipNetExperiment(Experiment):
                 f"stage {stage + 1}, mini-batch {iteration}: the loss or its gradient was not finite "
                 f"{MAX_BAD_STEPS} times in a row; use a smaller lr or rl_weight, or set clip_norm"
             )
-        warnings.warn(f"stage {stage + 1}, mini-batch {iteration}: gradient not finite, mini-batch skipped", stacklevel=2)
+        warnings.warn(
+            f"stage {stage + 1}, mini-batch {iteration}: gradient not finite, mini-batch skipped", stacklevel=2
+        )
 
     def _draws(self, arm: Arm, stage: int, iteration: int, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Uniform numbers for the gates, and for the class in pure RL.
@@ -453,7 +465,9 @@ class SkipNetExperiment(Experiment):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["network"] != self._signature():
-            raise ValueError(f"the checkpoint is of another network: {state['network']}, this run's is {self._signature()}")
+            raise ValueError(
+                f"the checkpoint is of another network: {state['network']}, this run's is {self._signature()}"
+            )
         super().load_state_dict(state)
         self.model.load_state_dict(state["model"])
         if state["optimizer"] is not None:
@@ -510,6 +524,8 @@ class SkipNetExperiment(Experiment):
         config = parse_config(SkipNetConfig, artifact.config, "artifact config.yaml")
         model = build_network(config, len(artifact.card.classes), artifact.card.input_shape[0])
         model.load_state_dict(artifact.state)
+        from dataeff.dynamic.skipnet.predictor import SkipNetPredictor
+
         return SkipNetPredictor(model, config.arm, config.keep, artifact.card, device)
 
 
@@ -524,7 +540,9 @@ def _stage1_weights(config: SkipNetConfig, classes: tuple[str, ...]) -> dict[str
                 f"{getattr(config, name)!r}; make them equal"
             )
     if tuple(artifact.card.classes) != classes:
-        raise ValueError(f"start_from {config.start_from}: its classes are {artifact.card.classes}, this data's {list(classes)}")
+        raise ValueError(
+            f"start_from {config.start_from}: its classes are {artifact.card.classes}, this data's {list(classes)}"
+        )
     if theirs.arm not in GATED_ARMS:
         raise ValueError(f"start_from {config.start_from}: arm {theirs.arm!r} has no gates; give a run of arm 'sp'")
     return artifact.state

@@ -1,0 +1,127 @@
+"""Does skipping blocks save time? SkipNet with real skipping against dense networks of the same depth, on the CPU.
+
+The dense baseline has the same folded norms, fused operators and memory format as SkipNet, so that only skipping and
+its own costs (gates, gathering) make the difference. Decisions are forced, at random per image and block; the gates
+run all the same. All contestants take turns in every repeat; ratios are medians of the ratios within a repeat.
+
+    python benchmarks/skipnet_speed.py [--quick]
+
+Prints a table; the last line is one JSON object. Targets: ratio_share50_batch64 <= 0.55, ratio_share50_batch1 <= 0.65,
+ratio_share100_batch64 <= 1.06.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dataeff.dynamic.skipnet.inference import SkipNetInference
+from dataeff.dynamic.skipnet.model import SkipNet, build_skipnet
+from dataeff.nn.fold import FoldedResNet
+
+SHARES = (25, 50, 75, 100)
+BATCHES = (1, 64)
+BASELINE = "dense folded"
+Contestant = Callable[[], object]
+
+
+def contestants(model: SkipNet, batch: int) -> dict[str, Contestant]:
+    """Name -> one run on one batch."""
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 3, 32, 32, generator=generator)
+    draws = torch.rand(batch, model.num_gates, generator=generator)
+    dense, skipping = FoldedResNet(model.backbone), SkipNetInference(model)
+    runs: dict[str, Contestant] = {BASELINE: lambda: dense(x), "dense plain": lambda: model.backbone(x)}
+
+    def skip(share: int) -> Contestant:
+        forced = executed(draws, share)
+        return lambda: skipping(x, forced=forced)
+
+    runs |= {f"skip {share} %": skip(share) for share in SHARES}
+    # Masked execution costs the same at every share.
+    runs["mask 50 %"] = lambda: model(x, mode="hard")
+    return runs
+
+
+def executed(draws: Tensor, share: int) -> Tensor:
+    """Decisions (B, N) of which exactly `share` percent of all are to execute, rounded."""
+    count = round(draws.numel() * share / 100)
+    chosen = torch.zeros(draws.numel(), dtype=torch.bool)
+    chosen[draws.reshape(-1).argsort()[:count]] = True
+    return chosen.view_as(draws)
+
+
+@torch.inference_mode()
+def measure(runs: dict[str, Contestant], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, in turns; an alternating direction removes the advantage of a place in the order."""
+    names = list(runs)
+    for name in names:
+        runs[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for name in names if repeat % 2 else reversed(names):
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+@torch.inference_mode()
+def largest_difference(model: SkipNet) -> float:
+    """Between the logits of real skipping and of masked execution with the same decisions."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(16, 3, 32, 32, generator=generator)
+    forced = torch.rand(16, model.num_gates, generator=generator) < 0.5
+    masked = model(x, mode="random", draws=(~forced).float(), keep=0.5).logits
+    return float((SkipNetInference(model)(x, forced=forced).logits - masked).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=110, help="6n+2")
+    parser.add_argument("--gate", default="rnn", choices=["rnn", "ffgate1", "ffgate2", "linear"])
+    parser.add_argument("--repeats", type=int, default=20, help="with batch 64; four times as many with batch 1")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="depth 20 and 2 repeats, to see that it runs")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.depth, arguments.repeats = 20, 2
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    model = build_skipnet(arguments.depth, 10, arguments.gate).eval()
+    results: dict[str, float | str | int] = {
+        "depth": arguments.depth,
+        "gate": arguments.gate,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "max_abs_difference": largest_difference(model),
+    }
+    for batch in BATCHES:
+        repeats = arguments.repeats * (4 if batch == 1 else 1)
+        times = measure(contestants(model, batch), repeats)
+        print(f"\nbatch {batch}, {repeats} repeats{'':12}  median ms    min ms   ratio   quartiles of the ratio")
+        for name, seconds in times.items():
+            ratios = sorted(a / b for a, b in zip(seconds, times[BASELINE], strict=True))
+            ratio, low, high = statistics.median(ratios), ratios[len(ratios) // 4], ratios[len(ratios) * 3 // 4]
+            median, least = statistics.median(seconds) * 1e3, min(seconds) * 1e3
+            print(f"{name:30} {median:13.2f} {least:9.2f} {ratio:7.3f}   {low:.3f} to {high:.3f}")
+            results[f"ratio_{_key(name)}_batch{batch}"] = round(ratio, 4)
+            results[f"ratio_of_minima_{_key(name)}_batch{batch}"] = round(least / (min(times[BASELINE]) * 1e3), 4)
+            results[f"ms_{_key(name)}_batch{batch}"] = round(median, 3)
+    print(json.dumps(results))
+
+
+def _key(name: str) -> str:
+    """ "skip 50 %" -> "share50", "mask 50 %" -> "mask_share50"."""
+    kind, *rest = name.split()
+    return {"skip": "", "mask": "mask_"}[kind] + f"share{rest[0]}" if kind != "dense" else f"dense_{rest[0]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""SkipNet that saves the time of the blocks it skips (spec skipnet section 2.9).
+
+Every block runs on the images that execute it and on no other. The result is that of masked execution in mode "hard".
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dataeff.dynamic.skipnet.model import SkipNet, SkipNetOutput
+from dataeff.nn.fold import FoldedResNet, channels_last, fold_conv
+from dataeff.nn.gates import FeedForwardGate, RecurrentGate
+from dataeff.nn.sparse import FeatureRows, Images
+
+Floats = NDArray[np.float32]
+
+
+class GateWalk(Protocol):
+    """The gates of a network asked one after the other for one batch."""
+
+    def observe(self, images: Images, features: Tensor) -> None:
+        """Features (n, C, H, W) of these images are new."""
+
+    def logits(self, position: int, rows: FeatureRows) -> Floats:
+        """Logit of "execute" of all images, (B,)."""
+
+
+class SkipNetInference:
+    """Evaluation-mode `SkipNet` with real skipping and folded BatchNorm.
+
+    Decisions are read on the CPU, block by block. Calls do not share state: threads may call one instance at once.
+
+    Args:
+        model: with gates, in evaluation mode, on the device to run on; its weights are copied.
+
+    Raises:
+        ValueError: for a model in training mode or without gates.
+
+    Example:
+        fast = SkipNetInference(model.eval())
+        output = fast(images, budget=torch.full((len(images),), 1e8, dtype=torch.float64))
+    """
+
+    def __init__(self, model: SkipNet):
+        if model.training:
+            raise ValueError("the model is in training mode: call model.eval() before SkipNetInference(model)")
+        if model.gates is None:
+            raise ValueError("SkipNetInference needs gates, this model has gate='none': use FoldedResNet(model.backbone)")
+        self.network = FoldedResNet(model.backbone)
+        self.num_gates = model.num_gates
+        self.costs = model.costs
+        self.gates: _FoldedRecurrentGate | list[_FoldedFeedForwardGate]
+        if isinstance(model.gates, RecurrentGate):
+            self.gates = _FoldedRecurrentGate(model.gates)
+        else:
+            self.gates = [_FoldedFeedForwardGate(gate) for gate in model.gates if isinstance(gate, FeedForwardGate)]
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, budget: Tensor | None = None, forced: Tensor | None = None) -> SkipNetOutput:
+        """Classify images.
+
+        Args:
+            x: images, float (B, C, H, W), normalised.
+            budget: convolution multiply-adds allowed for each image, float64 (B,), inf for no limit. An image executes
+                a block only if this leaves enough for everything that cannot be skipped (projections and all gates).
+                An image whose budget is below that minimum spends the minimum.
+            forced: decisions that replace those of the gates, bool (B, N); the gates are asked all the same, and the
+                budget still holds.
+
+        Returns:
+            What `SkipNet` returns in mode "hard", within rounding.
+
+        Raises:
+            ValueError: for images that `ResNet.check_images` refuses, or a budget or forced outside the above.
+        """
+        network = self.network
+        network.check_images(x)
+        count = len(x)
+        allowed = _check_budget(budget, count)
+        decided = _check_forced(forced, count, self.num_gates)
+        costs = self.costs(x.shape[2], x.shape[3])
+        block_costs = costs.blocks.cpu().numpy()
+        spent = np.full(count, float(costs.minimum))
+        logits = np.empty((self.num_gates, count), dtype=np.float32)
+        executed = np.empty((self.num_gates, count), dtype=bool)
+        everyone = np.arange(count)
+
+        features = network.run_block(network.blocks[0], network.stem(x))
+        rows = FeatureRows(features)
+        walk = self._walk(count)
+        walk.observe(everyone, features)
+        for position, block in enumerate(network.blocks[1:]):
+            logits[position] = walk.logits(position, rows)
+            execute = decided[position] if decided is not None else logits[position] >= 0
+            if allowed is not None:
+                execute = execute & (spent + block_costs[position] <= allowed)
+                spent[execute] += block_costs[position]
+            executed[position] = execute
+            images = execute.nonzero()[0]
+            if block.changes_shape:
+                before = rows.ordered()
+                rows = FeatureRows(channels_last(block.shortcut(before)))
+                if len(images):
+                    block.execute_(before if len(images) == count else before[torch.from_numpy(images)], rows.take(images))
+                walk.observe(everyone, rows.ordered())
+            elif len(images):
+                features = rows.take(images)
+                block.execute_(features, features)
+                walk.observe(images, features)
+        gates = torch.from_numpy(executed.T).to(x.device, torch.float32)
+        macs = costs.minimum + gates.double() @ costs.blocks
+        gate_logits = torch.from_numpy(logits.T).to(x.device)
+        return SkipNetOutput(network.classify(rows.ordered()), gate_logits, gates, macs)
+
+    def _walk(self, count: int) -> GateWalk:
+        if isinstance(self.gates, list):
+            return _FeedForwardWalk(self.gates)
+        return _RecurrentWalk(self.gates, count)
+
+
+class _FoldedFeedForwardGate:
+    """`FeedForwardGate` with folded norms."""
+
+    def __init__(self, gate: FeedForwardGate):
+        layers = list(gate.features)
+        self.pool = layers[0] if layers and isinstance(layers[0], nn.MaxPool2d) else None
+        self.convs = [
+            fold_conv(conv, norm)
+            for conv, norm in zip(layers, layers[1:], strict=False)
+            if isinstance(conv, nn.Conv2d)
+        ]
+        self.weight, self.bias = gate.output.weight.detach().clone(), gate.output.bias.detach().clone()
+
+    def __call__(self, x: Tensor) -> Floats:
+        if self.pool is not None:
+            x = self.pool(x)
+        for conv in self.convs:
+            x = conv(x, True)
+        logits: Floats = F.linear(x.mean((2, 3)), self.weight, self.bias).view(-1).float().cpu().numpy()
+        return logits
+
+
+class _FeedForwardWalk:
+    """Gates of their own per position: each looks at all images again."""
+
+    def __init__(self, gates: list[_FoldedFeedForwardGate]):
+        self.gates = gates
+
+    def observe(self, images: Images, features: Tensor) -> None:
+        pass
+
+    def logits(self, position: int, rows: FeatureRows) -> Floats:
+        return self.gates[position](rows.ordered())
+
+
+class _FoldedRecurrentGate:
+    """Weights of a `RecurrentGate` with everything that is linear multiplied out.
+
+    Pooling, projection and the LSTM's input matrix become one matrix per position, which acts on the rows
+    [2h, 1, pooled sum]. With sigmoid(z) = (1 + tanh(z/2)) / 2 the four parts of the LSTM take one tanh; the halves are
+    in the weights. In float64, rounded once.
+    """
+
+    def __init__(self, gate: RecurrentGate):
+        def array(tensor: Tensor) -> NDArray[np.float64]:
+            result: NDArray[np.float64] = tensor.detach().double().cpu().numpy()
+            return result
+
+        hidden = gate.cell.hidden_size
+        parts = np.arange(4 * hidden).reshape(4, hidden)
+        order = parts[[0, 1, 3, 2]].reshape(-1)  # PyTorch's input, forget, cell, output -> input, forget, output, cell
+        halves = np.where(np.arange(4 * hidden) < 3 * hidden, 0.5, 1.0)
+        w_input, w_hidden = (array(w)[order].T * halves for w in (gate.cell.weight_ih, gate.cell.weight_hh))
+        bias = (array(gate.cell.bias_ih) + array(gate.cell.bias_hh))[order] * halves
+        self.hidden = hidden
+        self.state_weights: list[Floats] = []
+        self.pooled_weights: list[Floats] = []
+        for projection in gate.projections:
+            assert isinstance(projection, nn.Linear)
+            state = np.concatenate([w_hidden / 2, (bias + array(projection.bias) @ w_input)[None]])
+            self.state_weights.append(state.astype(np.float32))
+            self.pooled_weights.append((array(projection.weight).T @ w_input).astype(np.float32))
+        self.output = np.concatenate([array(gate.output.weight)[0] / 2, array(gate.output.bias)]).astype(np.float32)
+
+
+class _RecurrentWalk:
+    """The LSTM's state for one batch, in NumPy: its operators cost a fraction of PyTorch's on arrays this small.
+
+    The pooled features of images that skipped are still those of the block before.
+    """
+
+    def __init__(self, gate: _FoldedRecurrentGate, count: int):
+        hidden = gate.hidden
+        self.gate, self.count = gate, count
+        self.state = np.zeros((count, hidden + 1), dtype=np.float32)
+        self.state[:, hidden] = 1
+        self.cell = np.zeros((count, hidden), dtype=np.float32)
+        self.pooled = np.empty((count, 0), dtype=np.float32)
+
+    def observe(self, images: Images, features: Tensor) -> None:
+        pooled = features.mean((2, 3)).float().cpu().numpy()
+        if len(images) == self.count:
+            self.pooled = pooled
+        else:
+            self.pooled[images] = pooled
+
+    def logits(self, position: int, rows: FeatureRows) -> Floats:
+        gate, hidden, state, cell = self.gate, self.gate.hidden, self.state, self.cell
+        parts = state @ gate.state_weights[position]
+        parts += self.pooled @ gate.pooled_weights[position]
+        np.tanh(parts, out=parts)
+        sigmoids = parts[:, : 3 * hidden]
+        sigmoids += 1  # twice the sigmoids
+        cell *= sigmoids[:, hidden : 2 * hidden]
+        cell += sigmoids[:, :hidden] * parts[:, 3 * hidden :]
+        cell *= 0.5
+        np.multiply(sigmoids[:, 2 * hidden :], np.tanh(cell), out=state[:, :hidden])  # twice the hidden state
+        logits: Floats = state @ gate.output
+        return logits
+
+
+def _check_budget(budget: Tensor | None, count: int) -> NDArray[np.float64] | None:
+    if budget is None:
+        return None
+    if budget.shape != (count,):
+        raise ValueError(f"budget needs one number of multiply-adds per image, ({count},), got shape {tuple(budget.shape)}")
+    if bool(torch.isnan(budget).any()):
+        raise ValueError("budget must be multiply-adds or inf for no limit, got NaN")
+    result: NDArray[np.float64] = budget.detach().double().cpu().numpy()
+    return result
+
+
+def _check_forced(forced: Tensor | None, count: int, num_gates: int) -> NDArray[np.bool_] | None:
+    """(N, B): one row of decisions per gate."""
+    if forced is None:
+        return None
+    if forced.shape != (count, num_gates) or forced.dtype != torch.bool:
+        raise ValueError(f"forced must be bool {(count, num_gates)}, got {forced.dtype} {tuple(forced.shape)}")
+    result: NDArray[np.bool_] = forced.T.cpu().numpy()
+    return result

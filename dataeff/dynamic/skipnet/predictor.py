@@ -1,0 +1,94 @@
+"""Trained SkipNet and its baselines behind the `Predictor` protocol."""
+
+from collections.abc import Callable, Sequence
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from dataeff.core.artifact import Card, Prediction
+from dataeff.data import Preprocess
+from dataeff.dynamic.skipnet.inference import SkipNetInference
+from dataeff.dynamic.skipnet.model import SkipNet, SkipNetOutput, survival_probabilities
+from dataeff.nn.fold import FoldedResNet
+
+DRAW_SEED = 0
+Answer = tuple[Tensor, Tensor, Tensor]
+
+
+class SkipNetPredictor:
+    """Answers of one arm of the SkipNet experiment; see `dataeff.core.artifact.Predictor`.
+
+    Gated arms really skip blocks, and spend at most `budget` multiply-adds on an image wherever the parts that cannot be
+    skipped fit into it. "base" is the dense network with folded BatchNorm: it has no optional parts. "sdv" drops
+    blocks at random, the same ones for every image and call, so that an answer depends on nothing but the image;
+    "stochastic_depth" runs them all, scaled. These three ignore `budget`.
+
+    Args:
+        model: trained network; moved to `device` and put into evaluation mode.
+        arm: of `SkipNetConfig`.
+        keep: execute-probability of "sdv".
+        card: of the artifact.
+        device: "cpu", "cuda", ...
+    """
+
+    def __init__(self, model: SkipNet, arm: str, keep: float, card: Card, device: str):
+        self.card = card
+        self.input_shape = card.input_shape
+        self.device = torch.device(device)
+        self._preprocess = Preprocess.from_dict(card.preprocess)
+        model = model.to(self.device).eval()
+        self.path_names = [] if arm == "base" else [f"block {number}" for number in range(2, model.num_gates + 2)]
+        self._answer: Callable[[Tensor, Tensor | None], Answer]
+        if arm == "base":
+            self._answer = _dense(model)
+        elif arm == "sdv":
+            draws = torch.rand(model.num_gates, generator=torch.Generator().manual_seed(DRAW_SEED))
+            self._answer = _masked(model, "random", torch.tensor(keep), draws.to(self.device))
+        elif arm == "stochastic_depth":
+            self._answer = _masked(model, "expected", survival_probabilities(model.num_gates), None)
+        else:
+            self._answer = _skipping(model)
+
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Images of any size to float32 (B, C, H, W), as in training."""
+        inputs: Tensor = self._preprocess.from_pil(images)
+        return inputs
+
+    def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction:
+        """Answer float32 (B, C, H, W); `budget` float64 (B,), multiply-adds allowed per image, inf for no limit.
+
+        Raises:
+            ValueError: for inputs of a wrong shape or with values that are not finite, or a budget of a wrong shape.
+        """
+        with torch.inference_mode():
+            logits, macs, path = self._answer(inputs.to(self.device), budget)
+            return Prediction(logits.float().softmax(1).cpu(), macs.cpu(), path.cpu())
+
+
+def _dense(model: SkipNet) -> Callable[[Tensor, Tensor | None], Answer]:
+    network = FoldedResNet(model.backbone)
+
+    def answer(x: Tensor, budget: Tensor | None) -> Answer:
+        logits = network(x)
+        macs = torch.full((len(x),), model.costs(x.shape[2], x.shape[3]).full, dtype=torch.float64)
+        return logits, macs, torch.empty(len(x), 0, dtype=torch.bool)
+
+    return answer
+
+
+def _skipping(model: SkipNet) -> Callable[[Tensor, Tensor | None], Answer]:
+    network = SkipNetInference(model)
+    return lambda x, budget: _parts(network(x, budget))
+
+
+def _masked(model: SkipNet, mode: str, keep: Tensor, draws: Tensor | None) -> Callable[[Tensor, Tensor | None], Answer]:
+    def answer(x: Tensor, budget: Tensor | None) -> Answer:
+        rows = draws.expand(len(x), -1) if draws is not None else None
+        return _parts(model(x, mode=mode, draws=rows, keep=keep))
+
+    return answer
+
+
+def _parts(output: SkipNetOutput) -> Answer:
+    return output.logits, output.macs, output.gates > 0

@@ -1,0 +1,137 @@
+"""The rules of the house that a program can check: imports run downwards only; style and types are clean."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASES = {"core", "data", "metrics", "nn"}
+PACKAGES = ("dataeff", "ray_jobs", "serve")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# What a unit of the house may import of it, besides itself. Any other unit below dataeff/ is a family of methods.
+DRIVERS_MAY = {"core", "data", "metrics", "nn", "ray_jobs", "serve", "dataeff"}
+MAY: dict[str, set[str]] = {
+    "core": set(),
+    "data": {"core"},
+    "metrics": {"core", "data"},
+    "nn": {"core", "data", "metrics"},
+    "dataeff": {"core"},
+    "ray_jobs": {"core", "data", "metrics", "nn", "dataeff"},
+    "serve": {"core", "data", "metrics", "nn", "dataeff"},
+}
+METHODS_MAY = set(BASES)
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """Absolute names of everything that `source`, the text of `module`, imports, at any depth of it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, base]).rstrip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def unit(module: str) -> str:
+    """The part of the house that a module belongs to: a base, a driver, `family.method`, or "dataeff" itself."""
+    parts = module.split(".")
+    if parts[0] != "dataeff":
+        return parts[0]
+    if len(parts) > 1 and parts[1] in BASES:
+        return parts[1]
+    families = {path.name for path in (ROOT / "dataeff").iterdir() if path.is_dir()}
+    if len(parts) > 1 and parts[1] in families:
+        return ".".join(parts[1:3])
+    return "dataeff"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def is_method(name: str) -> bool:
+    return name not in MAY
+
+
+def forbidden(source: str, module: str) -> list[str]:
+    """What `module` imports against the rules."""
+    own = unit(module)
+    wrong = []
+    for name in imports(source, module):
+        root = name.split(".")[0]
+        if root == "ray" and module.startswith("dataeff"):
+            wrong.append(name)
+        if root not in PACKAGES:
+            continue
+        other = unit(name)
+        allowed = METHODS_MAY if is_method(own) else MAY[own]
+        package_of_own = own.startswith(f"{other}.")
+        if other != own and other not in allowed and not package_of_own and not _is_plain_package(name, module):
+            wrong.append(name)
+    return wrong
+
+
+def _is_plain_package(name: str, module: str) -> bool:
+    """`import dataeff.data` also names `dataeff`; `from dataeff import x` in a base would not be allowed."""
+    return name == "dataeff" and module != "dataeff"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
+def test_a_module_imports_only_from_below(path: Path) -> None:
+    assert forbidden(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dataeff.core.config", "import ray"),
+        ("dataeff.core.config", "def f():\n    from ray.train import report"),
+        ("dataeff.core.config", "from dataeff.data import open_splits"),
+        ("dataeff.core.config", "import dataeff.nn.gates"),
+        ("dataeff.data.spec", "from dataeff.metrics import cost"),
+        ("dataeff.nn.gates", "from dataeff.dynamic.skipnet.model import SkipNet"),
+        ("dataeff.dynamic.deepmoe.model", "from dataeff.dynamic.skipnet.model import SkipNet"),
+        ("dataeff.dynamic.deepmoe.model", "from ..skipnet import model"),
+        ("dataeff.dynamic.skipnet.model", "from ray_jobs.cli import UserError"),
+        ("ray_jobs.train", "from dataeff.dynamic.skipnet.experiment import SkipNetExperiment"),
+        ("ray_jobs.train", "from serve.app import model"),
+        ("serve.app", "import ray_jobs.cli"),
+    ],
+)
+def test_the_check_sees_an_import_that_runs_upwards_or_sideways(module: str, source: str) -> None:
+    assert forbidden(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dataeff.dynamic.skipnet.model", "from dataeff.nn.gates import Gate"),
+        ("dataeff.dynamic.skipnet.model", "from . import losses"),
+        ("dataeff.nn.resnet", "import torch.nn"),
+        ("ray_jobs.train", "import ray\nfrom dataeff.core.run import train"),
+        ("serve.app", "from dataeff import load"),
+    ],
+)
+def test_the_check_lets_an_import_from_below_pass(module: str, source: str) -> None:
+    assert forbidden(source, module) == []
+
+
+def test_the_sources_are_clean_by_ruff() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_types_are_clean_by_mypy() -> None:
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
