@@ -126,8 +126,8 @@ def print_table(summaries: dict[str, dict[str, Any]]) -> None:
     for name, summary in summaries.items():
         metrics = summary["metrics"]
         print(
-            f"{name:22s} {metrics['test_accuracy']:13.2%} {metrics['test_macs']:14,.0f} {metrics['test_reduction']:7.1%}"
-            f" {metrics['test_executed_share']:11.1%}"
+            f"{name:22s} {metrics['test_accuracy']:13.2%} {metrics['test_macs']:14,.0f}"
+            f" {metrics['test_reduction']:7.1%} {metrics['test_executed_share']:11.1%}"
         )
 
 

@@ -16,7 +16,8 @@ from ray_jobs.tune import FRONT
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:14px}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
+table{border-collapse:collapse;margin:1em 0;font-size:14px}
+td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}tr.chosen{background:#eef6e8}img{max-width:100%;margin:.5em 0}
 h2{margin-top:2em;border-bottom:2px solid #ddd}pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:12px}
 """
@@ -179,7 +180,9 @@ def _claims_section(folder: Path) -> str:
 
 def _picture(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    text = html.escape(caption)
+    image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 if __name__ == "__main__":

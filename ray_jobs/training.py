@@ -16,6 +16,7 @@ import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
 
 from dataeff.core.checkpoint import is_complete, load_checkpoint
 from dataeff.core.config import parse_config
@@ -77,7 +78,7 @@ def _report(run: RunState, row: Mapping[str, float]) -> None:
         ray.train.report(metrics, checkpoint, checkpoint_dir_name=f"step-{experiment.steps_done:06d}")
 
 
-class EventLog(ray.train.UserCallback):
+class EventLog(UserCallback):
     """Runs in Ray's controller, on the driver's node: every report and failure becomes a line that the driver shows,
     and a point in TensorBoard."""
 
@@ -168,7 +169,7 @@ def run_training(job: Job, folder: RunDirectory, callbacks: list[Any] | None = N
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=job.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="val_accuracy"),
-            callbacks=[EventLog(str(folder.path.absolute())), *(callbacks or [])],
+            callbacks=[EventLog(str(folder.path.absolute())), *(callbacks or [])],  # type: ignore[list-item]
         ),
     )
     tail = EventTail(folder.path)

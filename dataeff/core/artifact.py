@@ -143,7 +143,8 @@ def _read_card(directory: Path) -> Card:
     version = values.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
-            f"artifact {directory}: schema version {version!r}, this dataeff reads up to {SCHEMA_VERSION}; upgrade dataeff"
+            f"artifact {directory}: schema version {version!r}, this dataeff reads up to {SCHEMA_VERSION}; "
+            "upgrade dataeff"
         )
     return parse_config(Card, values, f"artifact {directory}: {CARD}")
 

@@ -31,7 +31,7 @@ from dataeff.dynamic.skipnet.model import (
     build_skipnet,
     survival_probabilities,
 )
-
+from dataeff.dynamic.skipnet.predictor import SkipNetPredictor
 from dataeff.metrics.cost import parameters
 
 MAX_BAD_STEPS = 10
@@ -84,7 +84,7 @@ class SkipNetConfig(ExperimentConfig):
 
     arm: Literal["hrl_sp", "sp", "base", "hrl_scratch", "rl", "soft", "gumbel", "sdv", "stochastic_depth"] = Field(
         "hrl_sp",
-        description="hrl_sp: the full method; sp: stage 1 only; base: the ResNet; hrl_scratch: stage-2 loss with stage-1 "
+        description="hrl_sp: the full method; sp: stage 1 only; base: the ResNet; hrl_scratch: stage-2 loss, stage-1 "
         "schedule; rl: REINFORCE only; soft, gumbel: relaxed gates; sdv, stochastic_depth: random dropping",
     )
     family: Literal["cifar", "imagenet"] = "cifar"
@@ -524,8 +524,6 @@ class SkipNetExperiment(Experiment):
         config = parse_config(SkipNetConfig, artifact.config, "artifact config.yaml")
         model = build_network(config, len(artifact.card.classes), artifact.card.input_shape[0])
         model.load_state_dict(artifact.state)
-        from dataeff.dynamic.skipnet.predictor import SkipNetPredictor
-
         return SkipNetPredictor(model, config.arm, config.keep, artifact.card, device)
 
 

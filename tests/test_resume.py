@@ -1,0 +1,110 @@
+"""A run that is killed anywhere and resumed ends with the numbers of the undisturbed run, bit for bit."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ray_helpers import (
+    STAGE_STEPS,
+    TINY,
+    Command,
+    assert_same_run,
+    node_cluster,
+    run,
+    running,
+    seeded,
+    steps_reported,
+    train_arguments,
+    wait_for_end,
+    wait_until,
+    without_seconds,
+)
+
+pytestmark = pytest.mark.slow
+
+LOCAL = """
+import json, sys, dataeff
+dataeff.train("skipnet", "digits", sys.argv[1], json.loads(sys.argv[2]), resume=True)
+"""
+
+
+def moments(generator: random.Random, count: int) -> list[int]:
+    """`count` different steps in the middle of each stage, ascending."""
+    first = sorted(generator.sample(range(1, STAGE_STEPS - 1), count))
+    return first + [STAGE_STEPS + step for step in sorted(generator.sample(range(1, STAGE_STEPS - 1), count))]
+
+
+def local_step(out: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("step-*")), default=0)
+
+
+def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
+    generator = seeded("local kills")
+    arguments = ["-c", LOCAL, str(tmp_path / "killed"), json.dumps(TINY)]
+    with running(["-c", LOCAL, str(tmp_path / "undisturbed"), json.dumps(TINY)]) as undisturbed:
+        for step in moments(generator, 2):
+            with running(arguments) as command:
+                wait_until(lambda step=step: local_step(tmp_path / "killed") >= step, command)
+                time.sleep(generator.uniform(0, 0.05))
+                command.kill()
+                assert local_step(tmp_path / "killed") < 2 * STAGE_STEPS
+        run(arguments).finish()
+        undisturbed.finish()
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on two workers."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(train_arguments(out, 2)).finish()
+    assert [row["step"] for row in without_seconds(out)] == list(range(1, 2 * STAGE_STEPS + 1))
+    return out
+
+
+def test_a_driver_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed: Path, tmp_path: Path) -> None:
+    generator = seeded("driver kills")
+    out = tmp_path / "run"
+    for step in moments(generator, 1):
+        with running(train_arguments(out, 2, "--resume")) as command:
+            wait_until(lambda step=step: steps_reported(out) >= step, command)
+            time.sleep(generator.uniform(0, 0.2))
+            assert_nothing_stays(command)
+        assert not (out / "summary.json").exists()
+    with running(train_arguments(out, 2, "--resume")) as command:  # anywhere: mostly while Ray starts
+        time.sleep(generator.uniform(1, 15))
+        if command.process.poll() is None:
+            assert_nothing_stays(command)
+    run(train_arguments(out, 2, "--resume")).finish()
+    assert_same_run(out, undisturbed)
+
+
+def assert_nothing_stays(command: Command) -> None:
+    """Kill the driver; the Ray that it had started ends by itself."""
+    left = wait_for_end(command.kill(), timeout=30)
+    names = [process.name() for process in left]
+    for process in left:
+        process.kill()
+    assert not names, f"Ray processes outlive their killed driver: {names}"
+
+
+def test_a_killed_worker_and_a_lost_node_are_replaced_without_changing_the_numbers(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    generator = seeded("worker and node kills")
+    out = tmp_path / "run"
+    first, second = moments(generator, 1)
+    with node_cluster(3) as cluster, running(train_arguments(out, 2), cluster.variables) as command:
+        wait_until(lambda: steps_reported(out) >= first, command)
+        time.sleep(generator.uniform(0, 0.2))
+        generator.choice(cluster.training_workers()).kill()
+        wait_until(lambda: steps_reported(out) >= second, command)
+        time.sleep(generator.uniform(0, 0.2))
+        cluster.kill_node_of_a_worker()
+        command.finish()
+        failures = [line for line in command.stderr.splitlines() if "restarting from the last checkpoint" in line]
+    assert len(failures) == 2, failures
+    assert_same_run(out, undisturbed)
