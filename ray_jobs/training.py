@@ -116,6 +116,7 @@ class EventTail(threading.Thread):
         self.path = folder / EVENTS
         self.position = self.path.stat().st_size if self.path.is_file() else 0
         self.progress = Progress()
+        self.warned: set[str] = set()
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -143,7 +144,10 @@ class EventTail(threading.Thread):
                 continue
             row = event["row"]
             for warning in row.pop("warnings"):
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+                kind = warning.split(":")[0]
+                if kind not in self.warned:
+                    self.warned.add(kind)
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
             self.progress(row, int(row.pop("total_steps")))
 
 

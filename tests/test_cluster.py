@@ -108,7 +108,10 @@ def pod_templates(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [group["template"] for group in groups] + extra
 
 
-MANIFESTS = {"rayjob-train.yaml": ("RayJob", "rayClusterSpec"), "rayservice-model.yaml": ("RayService", "rayClusterConfig")}
+MANIFESTS = {
+    "rayjob-train.yaml": ("RayJob", "rayClusterSpec"),
+    "rayservice-model.yaml": ("RayService", "rayClusterConfig"),
+}
 
 # Fields of the ray.io/v1 resources (KubeRay's API reference) that the manifests may use.
 SPEC_FIELDS = {
@@ -255,7 +258,8 @@ def test_everything_that_the_dockerfile_copies_exists() -> None:
     sources = [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
     assert [source for source in sources if not (ROOT / source).exists()] == []
     packages = {pattern.rstrip("*") for pattern in _packages()}
-    assert packages | {PROJECT["readme"], *PROJECT["license-files"], "constraints.txt", "pyproject.toml"} == set(sources)
+    metadata = {"pyproject.toml", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"]}
+    assert packages | metadata == set(sources)
 
 
 def _packages() -> list[str]:
@@ -369,6 +373,9 @@ def cluster() -> Iterator[LocalCluster]:
             local.stop()
 
 
+TRAIN = ("python", "-m", "ray_jobs.train")
+
+
 @pytest.mark.slow
 def test_a_submitted_job_trains_on_a_cluster_that_asks_for_a_token(cluster: LocalCluster, tmp_path: Path) -> None:
     settings = [
@@ -376,8 +383,7 @@ def test_a_submitted_job_trains_on_a_cluster_that_asks_for_a_token(cluster: Loca
         "stage2.iterations=4", "stage2.batch=16",
     ]  # fmt: skip
     overrides = [word for setting in settings for word in ("--set", setting)]
-    command = ["python", "-m", "ray_jobs.train", "skipnet", "--data", "digits", "--out", str(tmp_path / "run"), *overrides]
-    done = cluster.submit(*command)
+    done = cluster.submit(*TRAIN, "skipnet", "--data", "digits", "--out", str(tmp_path / "run"), *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 4/4" in done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -387,7 +393,7 @@ def test_a_submitted_job_trains_on_a_cluster_that_asks_for_a_token(cluster: Loca
 
 @pytest.mark.slow
 def test_a_users_mistake_in_a_submitted_job_is_one_line_in_its_log(cluster: LocalCluster, tmp_path: Path) -> None:
-    done = cluster.submit("python", "-m", "ray_jobs.train", "skipnt", "--data", "digits", "--out", str(tmp_path / "run"))
+    done = cluster.submit(*TRAIN, "skipnt", "--data", "digits", "--out", str(tmp_path / "run"))
     log = done.stdout + done.stderr
     assert done.returncode == 1
     assert "error: unknown method 'skipnt' (did you mean 'skipnet'?" in log

@@ -262,9 +262,11 @@ def test_training_a_killed_run_again_goes_on_from_its_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         dataeff.train("walk", "digits", tmp_path / "killed", runtime=runtime, report=kill_after_two)
     seen: list[float] = []
-    resumed = dataeff.train(
-        "walk", "digits", tmp_path / "killed", runtime=runtime, resume=True, report=lambda row, _: seen.append(row["step"])
-    )
+
+    def note(row: dict[str, float], total: int) -> None:
+        seen.append(row["step"])
+
+    resumed = dataeff.train("walk", "digits", tmp_path / "killed", runtime=runtime, resume=True, report=note)
     assert seen == [3]
     assert resumed["metrics"] == whole["metrics"]
     assert [row["step"] for row in read_rows(tmp_path / "killed" / "metrics.parquet")] == [1, 2, 3]

@@ -21,6 +21,7 @@ from dataeff.core.config import (
     read_yaml,
     unflatten,
 )
+from dataeff.core.registry import METHODS, get_method
 
 
 class Schedule(Config):
@@ -64,6 +65,13 @@ def message(values: dict[str, Any], schema: type[Config] = Settings) -> str:
 def test_defaults_and_nested_values_are_parsed() -> None:
     settings = parse_config(Settings, {"seed": 3, "schedule": {"lr": 1}})
     assert (settings.seed, settings.schedule.lr, settings.schedule.iterations, settings.gate) == (3, 1.0, 100, "rnn")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_settings_written_out_in_full_are_read_back_the_same(method: str) -> None:
+    schema = get_method(method).config_schema
+    settings = parse_config(schema, {})
+    assert parse_config(schema, settings.model_dump(mode="json")) == settings
 
 
 def test_settings_cannot_be_changed_after_parsing() -> None:
@@ -117,7 +125,8 @@ def test_a_scalar_where_a_group_belongs_is_refused_by_name() -> None:
 
 
 def test_the_methods_own_checks_keep_their_words() -> None:
-    assert "schedule.milestones: milestones must ascend, got [0.7, 0.2]" in message({"schedule": {"milestones": [0.7, 0.2]}})
+    text = message({"schedule": {"milestones": [0.7, 0.2]}})
+    assert "schedule.milestones: milestones must ascend, got [0.7, 0.2]" in text
     assert "config: beta needs a gate" in message({"gate": "none", "beta": 1.0})
 
 

@@ -14,7 +14,7 @@ from dataeff.dynamic.skipnet.inference import SkipNetInference
 from dataeff.dynamic.skipnet.model import build_skipnet
 from dataeff.nn.fold import FoldedResNet, fold_batch_norm
 from dataeff.nn.resnet import conv2d
-from dataeff.nn.sparse import FeatureRows
+from dataeff.nn.sparse import FeatureRows, Workspace
 
 GATES = ["rnn", "ffgate1", "ffgate2", "linear"]
 
@@ -112,7 +112,7 @@ def test_a_network_without_gates_is_refused():
 def test_replaced_rows_change_and_all_others_stay():
     features = torch.randn(7, 3, 2, 5).contiguous(memory_format=torch.channels_last)
     expected = features.clone()
-    rows = FeatureRows(features)
+    rows = FeatureRows(features, Workspace())
     generator = np.random.default_rng(0)
     for step in range(60):
         chosen = np.flatnonzero(generator.random(7) < generator.choice([0.2, 0.5, 0.8, 1.0]))
@@ -234,7 +234,8 @@ def test_nobody_spends_more_than_the_budget_allows():
     model = small()
     fast, costs = SkipNetInference(model), model.costs(16, 16)
     minimum, block = float(costs.minimum), float(costs.blocks.min())
-    budget = torch.tensor([math.inf, minimum, minimum + block, minimum + 3.5 * block, 0.0, costs.full], dtype=torch.float64)
+    limits = [math.inf, minimum, minimum + block, minimum + 3.5 * block, 0.0, costs.full]
+    budget = torch.tensor(limits, dtype=torch.float64)
     everything = torch.ones(6, 8, dtype=torch.bool)
     out = fast(images(), budget, everything)
     assert out.gates.sum(1).tolist()[:2] == [8, 0] and out.gates[4].sum() == 0

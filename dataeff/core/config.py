@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -90,11 +90,17 @@ def _choices(annotation: Any) -> list[str]:
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
+def _member_metadata(annotation: Any) -> list[Any]:
+    """Limits that stand at a member of a union, such as `Literal["auto"] | Annotated[float, Field(ge=0)]`."""
+    members = [part for part in get_args(annotation) if get_origin(part) is Annotated]
+    return [item for member in members for info in member.__metadata__ for item in getattr(info, "metadata", [info])]
+
+
 def describe_range(field: FieldInfo) -> str:
     """The values that `field` takes, in words: its choices and its limits."""
     limits = [
         f"{sign} {getattr(item, name):g}"
-        for item in field.metadata
+        for item in [*field.metadata, *_member_metadata(field.annotation)]
         for name, sign in _LIMITS.items()
         if getattr(item, name, None) is not None
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +70,11 @@ class ParquetImages:
         self.names = _names_in_metadata(schema)
         self.labels, self._null_label = self._read_labels(schema)
         groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
+        self._starts = [0, *accumulate(groups)]
         self._groups: list[list[_Chunk] | None] = [None] * len(groups)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def largest_label(self) -> int:
         return int(self.labels.max(initial=0))
@@ -88,8 +90,8 @@ class ParquetImages:
             )
 
     def blob(self, row: int) -> Tensor:
-        group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        row -= int(self._starts[group])
+        group = bisect_right(self._starts, row) - 1
+        row -= self._starts[group]
         for chunk in self._group(group):
             if row < len(chunk):
                 return chunk.blob(row)
@@ -142,10 +144,10 @@ class ParquetRecords(EncodedRecords):
 
     def __init__(self, files: list[ParquetImages]) -> None:
         self._files = files
-        self._starts = np.concatenate([[0], np.cumsum([len(file) for file in files])]).astype(np.int64)
+        self._starts = [0, *accumulate(len(file) for file in files)]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def describe(self, row: int) -> str:
         file, local = self._locate(row)
@@ -160,8 +162,8 @@ class ParquetRecords(EncodedRecords):
             file.prepare()
 
     def _locate(self, row: int) -> tuple[ParquetImages, int]:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._files[number], row - int(self._starts[number])
+        number = bisect_right(self._starts, row) - 1
+        return self._files[number], row - self._starts[number]
 
 
 class _Chunk:

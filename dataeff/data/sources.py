@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -148,13 +147,16 @@ class Records(ABC):
     def prepare(self) -> None:  # noqa: B027 (most records have nothing to prepare)
         """Bring everything into memory that loader processes should share rather than read again."""
 
-    @contextmanager
-    def naming(self, row: int) -> Iterator[None]:
-        """Put the file and row in front of a bad image's message."""
+    def named(self, row: int, error: BadImageError) -> BadImageError:
+        """The same error with the file and row in front."""
+        return BadImageError(f"{self.describe(row)} {error}")
+
+    def open_named(self, row: int) -> Image.Image:
+        """`open`, with errors that name the file and row."""
         try:
-            yield
+            return self.open(row)
         except BadImageError as error:
-            raise BadImageError(f"{self.describe(row)} {error}") from None
+            raise self.named(row, error) from None
 
 
 class EncodedRecords(Records):
@@ -198,17 +200,20 @@ class DecodingStore:
         return len(self.records)
 
     def read(self, rows: IntArray) -> Tensor:
-        images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
-        channels, *size = self.shape
-        for image, row in zip(images, rows.tolist(), strict=True):
-            with self.records.naming(row):
-                pixels = self.records.load(row, channels)
-            if list(pixels.shape[1:]) != size:
-                if not self._resize:
-                    self.refuse_size(row, pixels.shape[1], pixels.shape[2])
-                pixels = fit_to_size(pixels, (size[0], size[1]))
-            image.copy_(pixels)
-        return images
+        images = [self._read_one(row) for row in rows.tolist()]
+        return torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+
+    def _read_one(self, row: int) -> Tensor:
+        channels, height, width = self.shape
+        try:
+            pixels = self.records.load(row, channels)
+        except BadImageError as error:
+            raise self.records.named(row, error) from None
+        if pixels.shape != self.shape:
+            if not self._resize:
+                self.refuse_size(row, pixels.shape[1], pixels.shape[2])
+            pixels = fit_to_size(pixels, (height, width))
+        return pixels
 
     def describe(self, row: int) -> str:
         return self.records.describe(row)
@@ -217,8 +222,7 @@ class DecodingStore:
         """Read the headers of `limit` evenly spaced rows, so that most faults show before training starts."""
         chosen = rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
         for row in chosen.tolist():
-            with self.records.naming(row):
-                image = self.records.open(row)
+            image = self.records.open_named(row)
             if (image.height, image.width) != self.shape[1:] and not self._resize:
                 self.refuse_size(row, image.height, image.width)
 
@@ -231,8 +235,7 @@ class DecodingStore:
 
 def first_shape(records: Records, row: int, size: int | None, channels: int | None) -> tuple[int, int, int]:
     """(C, H, W) that the options, or else image `row`, ask for."""
-    with records.naming(row):
-        image = records.open(row)
+    image = records.open_named(row)
     height, width = (image.height, image.width) if size is None else (size, size)
     return (channels or natural_channels(image), height, width)
 
@@ -244,7 +247,7 @@ def find_bad_images(records: Records) -> dict[int, str]:
         try:
             records.load(row, 3)
         except BadImageError as error:
-            return f"{records.describe(row)} {error}"
+            return str(records.named(row, error))
         return None
 
     with decoding_threads() as pool:

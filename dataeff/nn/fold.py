@@ -1,4 +1,4 @@
-"""Networks rebuilt for inference: BatchNorm folded into the convolutions, ReLU and residual sum done by the convolution.
+"""Networks rebuilt for inference: BatchNorm folded into the convolutions, ReLU and residual sum fused.
 
 The rebuilt parts copy the weights: build them again after the network was trained further.
 """
@@ -19,7 +19,7 @@ class InferenceConv(Protocol):
         """Features (B, C, H, W) -> a new tensor (B, C', H', W')."""
 
     def add_relu_(self, x: Tensor, into: Tensor) -> None:
-        """into = ReLU(conv(x) + into), in place; `into` is channels-last and its memory may be that of earlier features."""
+        """into = ReLU(conv(x) + into), in place; `into` is channels-last."""
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def fold_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv:
 
 
 class _OneDnnConv:
-    """oneDNN's convolution with fused ReLU and sum: the operators that torch.compile uses on a CPU, without a compiler."""
+    """oneDNN's convolution with fused ReLU and sum: the operators torch.compile uses, without a compiler."""
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor):
         padding, stride, dilation = (list(map(int, value)) for value in (conv.padding, conv.stride, conv.dilation))

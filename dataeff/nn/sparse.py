@@ -8,40 +8,59 @@ from torch import Tensor
 Images = NDArray[np.int64]
 
 
+class Workspace:
+    """Two buffers that `FeatureRows` fills in turn, kept between batches: fresh memory costs more than copying into it."""
+
+    def __init__(self) -> None:
+        self.buffers = [torch.empty(0), torch.empty(0)]
+
+    def next(self, rows: int, like: Tensor) -> Tensor:
+        """The buffer that was not handed out last, as (rows, width) with width, type and device of `like`."""
+        self.buffers.reverse()
+        size = rows * like.shape[1]
+        buffer = self.buffers[0]
+        if buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self.buffers[0] = like.new_empty(size)
+        return buffer[:size].view(rows, like.shape[1])
+
+
 class FeatureRows:
     """Features of B images, of which any part can be replaced for the price of one copy.
 
     Gathering a part and scattering the result back costs two passes over memory, and scattering is the slow one. Here
     the gathered copy stays where it is and becomes the images' features: each image has a row, `take` copies the rows
     of the chosen images behind all others, and the caller overwrites them there. When the memory is full, one copy
-    into a second memory of the same size drops the rows that nobody needs any more.
+    into another buffer of the same size drops the rows that nobody needs any more.
 
     Args:
         features: (B, C, H, W), channels-last; used and overwritten, not copied, as long as all images take part.
+        workspace: may be shared by rows that are not in use at the same time.
     """
 
     SIZE = 2  # memory in multiples of the batch
 
-    def __init__(self, features: Tensor):
+    def __init__(self, features: Tensor, workspace: Workspace):
         self.shape = features.shape
         self.count = len(features)
         self.memory = features.permute(0, 2, 3, 1).reshape(self.count, features[:1].numel())
-        self.spare: Tensor | None = None
+        self.workspace = workspace
         self.row_of_image = np.arange(self.count)
         self.end = self.count
         self.in_order = True
+        self.all_rows = self._view(0, self.count)
 
     def ordered(self) -> Tensor:
         """Features of all images in order, (B, C, H, W); writing to them replaces them."""
         if not self.in_order:
             self._relocate(np.arange(self.count))
             self.in_order = True
-        return self._view(0, self.count)
+            self.all_rows = self._view(0, self.count)
+        return self.all_rows
 
     def take(self, images: Images) -> Tensor:
-        """Features (n, C, H, W) of some images, ascending, without repeats; writing to them replaces these images' features.
+        """Features (n, C, H, W) of some images; writing to them replaces these images' features.
 
-        The tensor is valid until the next call of a method.
+        `images` is ascending and without repeats. The tensor is valid until the next call of a method.
         """
         if len(images) == self.count:
             return self.ordered()
@@ -60,13 +79,10 @@ class FeatureRows:
         return self._view(start, end)
 
     def _relocate(self, order: Images) -> None:
-        """Copy the rows of all images, in this order, to the start of the other memory."""
-        if self.spare is None:
-            self.spare = self.memory.new_empty(self.SIZE * self.count, self.memory.shape[1])
-        index = self._index(self.row_of_image[order])
-        torch.index_select(self.memory, 0, index, out=self.spare[: self.count])
-        full = len(self.memory) == len(self.spare)
-        self.memory, self.spare = self.spare, self.memory if full else None
+        """Copy the rows of all images, in this order, to the start of the other buffer."""
+        memory = self.workspace.next(self.SIZE * self.count, self.memory)
+        torch.index_select(self.memory, 0, self._index(self.row_of_image[order]), out=memory[: self.count])
+        self.memory = memory
         self.row_of_image[order] = np.arange(self.count)
         self.end = self.count
 

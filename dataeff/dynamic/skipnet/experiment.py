@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -103,8 +103,8 @@ class SkipNetConfig(ExperimentConfig):
     )
     gumbel_temperature: tuple[float, float] = Field((1.0, 0.1), description="first and last, annealed geometrically")
     alpha: float = Field(1.0, ge=0, le=100, description="weight of skipped blocks in the reward; 0 to 4 in the source")
-    beta: Literal["alpha_over_n"] | float = Field(
-        "alpha_over_n", ge=0, description="weight of the loss in the reward; 1: Eq. 2.5"
+    beta: Literal["alpha_over_n"] | Annotated[float, Field(ge=0, le=100)] = Field(
+        "alpha_over_n", description="weight of the loss in the reward; 1: Eq. 2.5"
     )
     rl_weight: float = Field(0.01, ge=0, le=100, description="weight of the policy gradient")
     gamma: float = Field(1.0, gt=0, le=1, description="discount of later skips")
@@ -418,11 +418,15 @@ class SkipNetExperiment(Experiment):
             sums += torch.stack([part.double().to(sums.device) for part in parts])
             gates.append(output.gates)
             gate_logits.append(output.gate_logits)
-        if mode == "hard" and split == "val" and gates:
+        if mode == "hard" and split == "val" and gates and self._learns_to_skip():
             for message in gate_warnings(torch.cat(gates), torch.cat(gate_logits)):
                 warnings.warn(message, stacklevel=2)
         correct, loss, executed, macs, count = self.runtime.all_reduce(sums).tolist()
         return correct / count, loss / count, executed / count, macs / count
+
+    def _learns_to_skip(self) -> bool:
+        """Whether the stage rewards skipping; in supervised stages a network that executes everything is no surprise."""
+        return self.optimizer_stage >= 0 and ARMS[self.config.arm][self.optimizer_stage].loss != "cross_entropy"
 
     def _full_loss(self) -> float:
         """Validation cross-entropy with every block executed, in nats."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dataeff.dynamic.skipnet.model import SkipNet, SkipNetOutput
 from dataeff.nn.fold import FoldedResNet, channels_last, fold_conv
 from dataeff.nn.gates import FeedForwardGate, RecurrentGate
-from dataeff.nn.sparse import FeatureRows, Images
+from dataeff.nn.sparse import FeatureRows, Images, Workspace
 
 Floats = NDArray[np.float32]
 
@@ -32,7 +32,7 @@ class GateWalk(Protocol):
 class SkipNetInference:
     """Evaluation-mode `SkipNet` with real skipping and folded BatchNorm.
 
-    Decisions are read on the CPU, block by block. Calls do not share state: threads may call one instance at once.
+    Decisions are read on the CPU, block by block. Calls at the same time do not share memory: threads may call one instance at once.
 
     Args:
         model: with gates, in evaluation mode, on the device to run on; its weights are copied.
@@ -49,10 +49,11 @@ class SkipNetInference:
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() before SkipNetInference(model)")
         if model.gates is None:
-            raise ValueError("SkipNetInference needs gates, this model has gate='none': use FoldedResNet(model.backbone)")
+            raise ValueError("this model has gate='none' and cannot skip: use FoldedResNet(model.backbone)")
         self.network = FoldedResNet(model.backbone)
         self.num_gates = model.num_gates
         self.costs = model.costs
+        self._workspaces: list[Workspace] = []  # one for each call that ran at the same time as others
         self.gates: _FoldedRecurrentGate | list[_FoldedFeedForwardGate]
         if isinstance(model.gates, RecurrentGate):
             self.gates = _FoldedRecurrentGate(model.gates)
@@ -89,8 +90,9 @@ class SkipNetInference:
         executed = np.empty((self.num_gates, count), dtype=bool)
         everyone = np.arange(count)
 
+        workspace = self._workspaces.pop() if self._workspaces else Workspace()
         features = network.run_block(network.blocks[0], network.stem(x))
-        rows = FeatureRows(features)
+        rows = FeatureRows(features, workspace)
         walk = self._walk(count)
         walk.observe(everyone, features)
         for position, block in enumerate(network.blocks[1:]):
@@ -103,18 +105,22 @@ class SkipNetInference:
             images = execute.nonzero()[0]
             if block.changes_shape:
                 before = rows.ordered()
-                rows = FeatureRows(channels_last(block.shortcut(before)))
+                rows = FeatureRows(channels_last(block.shortcut(before)), workspace)
                 if len(images):
-                    block.execute_(before if len(images) == count else before[torch.from_numpy(images)], rows.take(images))
+                    # Copied before the new rows write to the workspace, which may hold `before`.
+                    chosen = before if len(images) == count else before[torch.from_numpy(images)]
+                    block.execute_(chosen, rows.take(images))
                 walk.observe(everyone, rows.ordered())
             elif len(images):
                 features = rows.take(images)
                 block.execute_(features, features)
                 walk.observe(images, features)
+        answer = network.classify(rows.ordered())
+        self._workspaces.append(workspace)
         gates = torch.from_numpy(executed.T).to(x.device, torch.float32)
         macs = costs.minimum + gates.double() @ costs.blocks
         gate_logits = torch.from_numpy(logits.T).to(x.device)
-        return SkipNetOutput(network.classify(rows.ordered()), gate_logits, gates, macs)
+        return SkipNetOutput(answer, gate_logits, gates, macs)
 
     def _walk(self, count: int) -> GateWalk:
         if isinstance(self.gates, list):
@@ -129,9 +135,7 @@ class _FoldedFeedForwardGate:
         layers = list(gate.features)
         self.pool = layers[0] if layers and isinstance(layers[0], nn.MaxPool2d) else None
         self.convs = [
-            fold_conv(conv, norm)
-            for conv, norm in zip(layers, layers[1:], strict=False)
-            if isinstance(conv, nn.Conv2d)
+            fold_conv(conv, norm) for conv, norm in zip(layers, layers[1:], strict=False) if isinstance(conv, nn.Conv2d)
         ]
         self.weight, self.bias = gate.output.weight.detach().clone(), gate.output.bias.detach().clone()
 
@@ -161,7 +165,7 @@ class _FoldedRecurrentGate:
     """Weights of a `RecurrentGate` with everything that is linear multiplied out.
 
     Pooling, projection and the LSTM's input matrix become one matrix per position, which acts on the rows
-    [2h, 1, pooled sum]. With sigmoid(z) = (1 + tanh(z/2)) / 2 the four parts of the LSTM take one tanh; the halves are
+    [2h, 1, pooled]. With sigmoid(z) = (1 + tanh(z/2)) / 2 the four parts of the LSTM take one tanh; the halves are
     in the weights. In float64, rounded once.
     """
 
@@ -177,13 +181,12 @@ class _FoldedRecurrentGate:
         w_input, w_hidden = (array(w)[order].T * halves for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = (array(gate.cell.bias_ih) + array(gate.cell.bias_hh))[order] * halves
         self.hidden = hidden
-        self.state_weights: list[Floats] = []
-        self.pooled_weights: list[Floats] = []
+        self.weights: list[Floats] = []
         for projection in gate.projections:
             assert isinstance(projection, nn.Linear)
-            state = np.concatenate([w_hidden / 2, (bias + array(projection.bias) @ w_input)[None]])
-            self.state_weights.append(state.astype(np.float32))
-            self.pooled_weights.append((array(projection.weight).T @ w_input).astype(np.float32))
+            constant = bias + array(projection.bias) @ w_input
+            pooled = array(projection.weight).T @ w_input
+            self.weights.append(np.concatenate([w_hidden / 2, constant[None], pooled]).astype(np.float32))
         self.output = np.concatenate([array(gate.output.weight)[0] / 2, array(gate.output.bias)]).astype(np.float32)
 
 
@@ -196,30 +199,45 @@ class _RecurrentWalk:
     def __init__(self, gate: _FoldedRecurrentGate, count: int):
         hidden = gate.hidden
         self.gate, self.count = gate, count
-        self.state = np.zeros((count, hidden + 1), dtype=np.float32)
-        self.state[:, hidden] = 1
+        self.inputs = np.zeros((count, hidden + 1), dtype=np.float32)
+        self.inputs[:, hidden] = 1
         self.cell = np.zeros((count, hidden), dtype=np.float32)
-        self.pooled = np.empty((count, 0), dtype=np.float32)
+        self.tanh_cell = np.empty_like(self.cell)
+        self.parts = np.empty((count, 4 * hidden), dtype=np.float32)
+        self.sigmoids = self.parts[:, : 3 * hidden]
+        self.parts_of = [self.parts[:, i * hidden : (i + 1) * hidden] for i in range(4)]
+        self._slice_inputs()
+
+    def _slice_inputs(self) -> None:
+        hidden = self.gate.hidden
+        self.hidden_state, self.state = self.inputs[:, :hidden], self.inputs[:, : hidden + 1]
+        self.pooled = self.inputs[:, hidden + 1 :]
 
     def observe(self, images: Images, features: Tensor) -> None:
-        pooled = features.mean((2, 3)).float().cpu().numpy()
-        if len(images) == self.count:
-            self.pooled = pooled
-        else:
+        # Not mean(): its division is one more operator, on a small array.
+        pooled = features.sum((2, 3), dtype=torch.float32).cpu().numpy()
+        pooled *= 1 / (features.shape[2] * features.shape[3])
+        if len(images) < self.count:
             self.pooled[images] = pooled
+        elif pooled.shape == self.pooled.shape:
+            self.pooled[:] = pooled
+        else:
+            self.inputs = np.concatenate([self.state, pooled], 1)
+            self._slice_inputs()
 
     def logits(self, position: int, rows: FeatureRows) -> Floats:
-        gate, hidden, state, cell = self.gate, self.gate.hidden, self.state, self.cell
-        parts = state @ gate.state_weights[position]
-        parts += self.pooled @ gate.pooled_weights[position]
-        np.tanh(parts, out=parts)
-        sigmoids = parts[:, : 3 * hidden]
-        sigmoids += 1  # twice the sigmoids
-        cell *= sigmoids[:, hidden : 2 * hidden]
-        cell += sigmoids[:, :hidden] * parts[:, 3 * hidden :]
+        cell = self.cell
+        np.dot(self.inputs, self.gate.weights[position], out=self.parts)
+        np.tanh(self.parts, out=self.parts)
+        self.sigmoids += 1  # twice the sigmoids
+        enter, forget, leave, candidate = self.parts_of
+        cell *= forget
+        enter *= candidate
+        cell += enter
         cell *= 0.5
-        np.multiply(sigmoids[:, 2 * hidden :], np.tanh(cell), out=state[:, :hidden])  # twice the hidden state
-        logits: Floats = state @ gate.output
+        np.tanh(cell, out=self.tanh_cell)
+        np.multiply(leave, self.tanh_cell, out=self.hidden_state)  # twice the hidden state
+        logits: Floats = np.dot(self.state, self.gate.output)
         return logits
 
 
@@ -227,7 +245,8 @@ def _check_budget(budget: Tensor | None, count: int) -> NDArray[np.float64] | No
     if budget is None:
         return None
     if budget.shape != (count,):
-        raise ValueError(f"budget needs one number of multiply-adds per image, ({count},), got shape {tuple(budget.shape)}")
+        shape = tuple(budget.shape)
+        raise ValueError(f"budget needs one number of multiply-adds per image, ({count},), got shape {shape}")
     if bool(torch.isnan(budget).any()):
         raise ValueError("budget must be multiply-adds or inf for no limit, got NaN")
     result: NDArray[np.float64] = budget.detach().double().cpu().numpy()

@@ -19,8 +19,8 @@ Answer = tuple[Tensor, Tensor, Tensor]
 class SkipNetPredictor:
     """Answers of one arm of the SkipNet experiment; see `dataeff.core.artifact.Predictor`.
 
-    Gated arms really skip blocks, and spend at most `budget` multiply-adds on an image wherever the parts that cannot be
-    skipped fit into it. "base" is the dense network with folded BatchNorm: it has no optional parts. "sdv" drops
+    Gated arms really skip blocks, and spend at most `budget` multiply-adds on an image wherever the parts that cannot
+    be skipped fit into it. "base" is the dense network with folded BatchNorm: it has no optional parts. "sdv" drops
     blocks at random, the same ones for every image and call, so that an answer depends on nothing but the image;
     "stochastic_depth" runs them all, scaled. These three ignore `budget`.
 

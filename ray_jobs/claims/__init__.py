@@ -1,0 +1,208 @@
+"""Published claims as experiments that can fail: what a claim is, which runs it needs, and how it is judged.
+
+A method's claims live in the module of its name here, as a function `claims(scale, data) -> list[Claim]`.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dataeff.core.config import nearest
+from dataeff.core.run import METRICS, SUMMARY, read_rows
+
+CLAIMS = {"skipnet": "ray_jobs.claims.skipnet"}
+HOLDS, FAILS, UNTESTABLE, UNMEASURED = "holds", "does not hold", "not testable at this scale", "not measured"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left in its folder."""
+
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        return loaded
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics on the test split, named test_*."""
+        metrics: dict[str, float] = self.summary["metrics"]
+        return metrics
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.folder / METRICS)
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "artifact"
+
+    @property
+    def log(self) -> str:
+        """Progress and warnings of the run, those before a resume included."""
+        return log_file(self.folder).read_text(encoding="utf-8")
+
+
+Results = Mapping[str, Result]
+
+
+def log_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".log")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training run, once a seed, shared by all claims that name it.
+
+    Args:
+        name: of its folder, unique among a method's claims.
+        data: the data set's name.
+        settings: what differs from the method's defaults, without the seed.
+        after: runs of the same seed that must have ended before.
+        fill: further settings, from the results of the runs in `after`.
+    """
+
+    name: str
+    data: str
+    settings: Mapping[str, Any]
+    after: tuple["Run", ...] = ()
+    fill: Callable[[Results], Mapping[str, Any]] = lambda results: {}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A bound that the median over seeds of a measured figure must keep; NaN keeps none."""
+
+    figure: str
+    at_least: float = -math.inf
+    at_most: float = math.inf
+
+    def margin(self, value: float) -> float:
+        """How far inside the bounds `value` is; negative outside."""
+        return min(value - self.at_least, self.at_most - value)
+
+    def keeps(self, value: float) -> bool:
+        return self.margin(value) >= 0
+
+    def sentence(self, value: float) -> str:
+        bounds = [
+            f"{words} {bound:g}"
+            for words, bound in (("at least", self.at_least), ("at most", self.at_most))
+            if math.isfinite(bound)
+        ]
+        return f"{self.figure}: median {value:.4g}, required {' and '.join(bounds)}, margin {self.margin(value):.3g}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published statement and the measurement that decides whether it holds here.
+
+    Args:
+        id: as in the method's spec.
+        text: the statement.
+        published: the figure that its source gives.
+        runs: what `measure` needs, besides the runs those come after.
+        measure: figures of one seed, from the results of its runs by name.
+        checks: all must be kept for the claim to hold; figures without a check are reported only.
+        untestable: why this scale cannot decide the claim; its figures are reported all the same.
+    """
+
+    id: str
+    text: str
+    published: str
+    runs: tuple[Run, ...] = ()
+    measure: Callable[[Results], Mapping[str, float]] = lambda results: {}
+    checks: tuple[Check, ...] = ()
+    untestable: str = ""
+
+
+@dataclass
+class Verdict:
+    """A claim's outcome over seeds; `figures` has one value a measured seed."""
+
+    claim: Claim
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.figures.items()}
+
+    @property
+    def status(self) -> str:
+        if self.claim.untestable:
+            return UNTESTABLE
+        if self.error:
+            return UNMEASURED
+        return HOLDS if all(check.keeps(self.medians[check.figure]) for check in self.claim.checks) else FAILS
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why: one sentence a check, or what stood in the way."""
+        if self.claim.untestable:
+            return [self.claim.untestable]
+        if self.error:
+            return [self.error]
+        return [check.sentence(self.medians[check.figure]) for check in self.claim.checks]
+
+    def to_dict(self, method: str) -> dict[str, Any]:
+        return {
+            "method": method,
+            "id": self.claim.id,
+            "claim": self.claim.text,
+            "published": self.claim.published,
+            "verdict": self.status,
+            "reasons": self.reasons,
+            "measured": {name: spread(values) for name, values in self.figures.items()},
+            "runs": [run.name for run in self.claim.runs],
+        }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value), median and the values; None where not a number."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    found = {"mean": statistics.fmean(values), "sd": deviation, "median": statistics.median(values)}
+    return {name: _finite(value) for name, value in found.items()} | {"values": [_finite(value) for value in values]}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def load_claims(method: str, scale: str, data: str | None) -> list[Claim]:
+    """The claims of a method at a scale.
+
+    Raises:
+        ValueError: the method has no claims, or the scale needs data that is not given.
+    """
+    if method not in CLAIMS:
+        raise ValueError(f"no claims for {method!r} ({nearest(method, CLAIMS)})")
+    found: list[Claim] = import_module(CLAIMS[method]).claims(scale, data)
+    return found
+
+
+def plan(claims: Iterable[Claim]) -> list[Run]:
+    """Every run that the claims need, once, each behind those it comes after.
+
+    Raises:
+        ValueError: two different runs have one name.
+    """
+    ordered: dict[str, Run] = {}
+
+    def add(run: Run) -> None:
+        for earlier in run.after:
+            add(earlier)
+        if ordered.setdefault(run.name, run) is not run:
+            raise ValueError(f"two different runs are named {run.name!r}")
+
+    for claim in claims:
+        for run in claim.runs:
+            add(run)
+    return list(ordered.values())

@@ -1,0 +1,259 @@
+"""python -m ray_jobs.claims [METHOD ...] --scale cpu|gpu --seeds N --out DIR: do the published claims hold here?"""
+
+import argparse
+import contextlib
+import html
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataeff.core.artifact import versions
+from dataeff.core.config import merge, parse_config
+from dataeff.core.registry import get_method
+from dataeff.core.run import SUMMARY, RunDirectory, replace_text, train
+from dataeff.core.runtime import Runtime
+from dataeff.data import absolute_spec, open_splits
+from ray_jobs.claims import (
+    CLAIMS,
+    FAILS,
+    HOLDS,
+    UNMEASURED,
+    UNTESTABLE,
+    Claim,
+    Result,
+    Run,
+    Verdict,
+    load_claims,
+    log_file,
+    plan,
+)
+from ray_jobs.cli import UserError, one_line, run_command
+
+# What one run takes of the cluster: (CPUs, GPUs). The networks are small, so several runs share a large GPU.
+RESOURCES: dict[str, tuple[float, float]] = {"cpu": (1, 0), "gpu": (2, 0.25)}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.claims", description=__doc__)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"default: all of {', '.join(sorted(CLAIMS))}")
+    parser.add_argument("--scale", choices=sorted(RESOURCES), default="cpu")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--data", help="the data to measure on (default at scale cpu: the embedded digits)")
+    parser.add_argument("--parallel", type=int, help="runs at a time (default: as many as the cluster holds)")
+    parser.add_argument("--resume", action="store_true", help="go on in --out; finished runs are not repeated")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run what the claims need, judge them, write `claims.json` and `claims.html`, and return the verdicts."""
+    args = parse_arguments(arguments)
+    if args.seeds < 1 or (args.parallel is not None and args.parallel < 1):
+        raise ValueError("--seeds and --parallel must be at least 1")
+    data = absolute_spec(args.data) if args.data else None
+    claims = {method: load_claims(method, args.scale, data) for method in args.methods or sorted(CLAIMS)}
+    runs = {method: plan(found) for method, found in claims.items()}
+    for name in dict.fromkeys(run.data for found in runs.values() for run in found):
+        open_splits(name)  # a mistake in the data shows here, before a cluster is asked for anything
+    folder = RunDirectory(args.out, "claims", data or "default", {"scale": args.scale}, args.resume, args.overwrite)
+    out = folder.path.absolute()
+    jobs = [
+        Job(method, run, seed, out / "runs" / method / f"{run.name}-seed{seed}")
+        for seed in range(args.seeds)
+        for method, found in runs.items()
+        for run in found
+    ]
+    failures = run_jobs(jobs, args.scale, args.parallel) if jobs else {}
+    verdicts = [
+        judge(claim, out / "runs" / method, args.seeds, failures).to_dict(method)
+        for method, found in claims.items()
+        for claim in found
+    ]
+    write_table(out, verdicts, args.scale, args.seeds)
+    for verdict in verdicts:
+        print(f"{verdict['method']} {verdict['id']:4s} {verdict['verdict']:26s} {'; '.join(verdict['reasons'])}")
+    print(f"table: {out / 'claims.html'}, {out / 'claims.json'}")
+    if failures:
+        job, message = next(iter(failures.items()))
+        raise UserError(f"{len(failures)} of {len(jobs)} runs failed; {job}: {message}; repeat them with --resume")
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with one seed."""
+
+    method: str
+    run: Run
+    seed: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.folder.name}"
+
+    def earlier(self) -> list[Path]:
+        """Folders of the runs that this one comes after."""
+        return [_folder(self.folder.parent, run, self.seed) for run in self.run.after]
+
+    def settings(self) -> dict[str, Any]:
+        results = {run.name: Result(path) for run, path in zip(self.run.after, self.earlier(), strict=True)}
+        settings = merge(merge(self.run.settings, self.run.fill(results)), {"seed": self.seed})
+        parse_config(get_method(self.method).config_schema, settings, self.label)
+        return settings
+
+
+def _folder(parent: Path, run: Run, seed: int) -> Path:
+    return parent / f"{run.name}-seed{seed}"
+
+
+def run_jobs(jobs: list[Job], scale: str, parallel: int | None) -> dict[str, str]:
+    """Train what is not finished, as Ray tasks, in the order given as far as the runs' dependences allow.
+
+    Returns:
+        The error of each run that failed, or that could not start, by its label.
+    """
+    import ray
+
+    from ray_jobs.cluster import connect, require
+
+    connect()
+    cpus, gpus = RESOURCES[scale]
+    require(cpus, gpus)
+    # A lost worker's task starts again from the run's last checkpoint; an error of the method is final.
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_train)
+    waiting, running, failures = list(jobs), dict[Any, Job](), dict[str, str]()
+    progress = Progress(len(jobs), sum((job.folder / SUMMARY).is_file() for job in jobs))
+    ended: set[Path] = set()
+    while waiting or running:
+        for job in list(waiting):
+            broken = [path.name for path in job.earlier() if f"{job.method} {path.name}" in failures]
+            if broken:
+                waiting.remove(job)
+                failures[job.label] = f"needs {broken[0]}, which failed"
+            elif len(running) < (parallel or _slots(cpus, gpus)) and ended.issuperset(job.earlier()):
+                waiting.remove(job)
+                try:
+                    settings = job.settings()
+                except (ValueError, OSError) as error:
+                    failures[job.label] = one_line(error)
+                    continue
+                running[task.remote(job.method, job.run.data, job.folder, settings, scale)] = job
+        if not running:
+            continue
+        done, _ = ray.wait(list(running), num_returns=1)
+        job = running.pop(done[0])
+        try:
+            trained = ray.get(done[0])
+            ended.add(job.folder)
+            progress.show(job.label, trained)
+        except ray.exceptions.RayTaskError as error:
+            failures[job.label] = one_line(error.cause)
+        except ray.exceptions.RayError as error:
+            failures[job.label] = one_line(error)[:300]
+        if job.label in failures:
+            print(f"{job.label} failed: {failures[job.label]}", file=sys.stderr, flush=True)
+    return failures
+
+
+def _slots(cpus: float, gpus: float) -> int:
+    import ray
+
+    have = ray.cluster_resources()
+    return max(1, int(min(have.get(kind, 0) / need for kind, need in (("CPU", cpus), ("GPU", gpus)) if need)))
+
+
+def _train(method: str, data: str, folder: Path, settings: dict[str, Any], scale: str) -> bool:
+    """Train one run, its progress and warnings in a log beside its folder; False when it was finished before."""
+    if (folder / SUMMARY).is_file():
+        train(method, data, folder, settings, resume=True)  # refuses a folder of other settings
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with log_file(folder).open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        train(method, data, folder, settings, Runtime("cuda" if scale == "gpu" else "cpu"), resume=True)
+    return True
+
+
+class Progress:
+    """A line for each run that ends, with the time left; runs that were finished before do not count as work."""
+
+    def __init__(self, total: int, finished: int) -> None:
+        self.total, self.ended = total, 0
+        self.to_train, self.trained = total - finished, 0
+        self.started = time.perf_counter()
+
+    def show(self, label: str, trained: bool) -> None:
+        self.ended += 1
+        self.trained += trained
+        if not trained:
+            return
+        left = (time.perf_counter() - self.started) / self.trained * (self.to_train - self.trained)
+        clock = f"{int(left) // 60}:{int(left) % 60:02d} left" if self.ended < self.total else "done"
+        print(f"run {self.ended}/{self.total}  {label}  {clock}", file=sys.stderr, flush=True)
+
+
+def judge(claim: Claim, folder: Path, seeds: int, failures: dict[str, str]) -> Verdict:
+    """Measure a claim on every seed; one whose run failed is not judged on the seeds that are left."""
+    verdict = Verdict(claim)
+    for seed in range(seeds):
+        results = {run.name: Result(_folder(folder, run, seed)) for run in claim.runs}
+        labels = [f"{folder.name} {result.folder.name}" for result in results.values()]
+        failed = [label for label in labels if label in failures]
+        if failed:
+            verdict.error = f"{failed[0]} failed: {failures[failed[0]]}"
+            continue
+        for name, value in claim.measure(results).items():
+            verdict.figures.setdefault(name, []).append(float(value))
+    return verdict
+
+
+def write_table(out: Path, verdicts: list[dict[str, Any]], scale: str, seeds: int) -> None:
+    table = {"scale": scale, "seeds": seeds, "versions": versions(), "claims": verdicts}
+    replace_text(out / "claims.json", json.dumps(table, indent=2, allow_nan=False) + "\n")
+    replace_text(out / "claims.html", page(table))
+
+
+COLOURS = {HOLDS: "#d8f0d8", FAILS: "#f6d5d5", UNTESTABLE: "#eeeeee", UNMEASURED: "#fbeecb"}
+STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2em}table{border-collapse:collapse}
+td,th{border:1px solid #bbb;padding:.4em .6em;vertical-align:top;text-align:left}"""
+
+
+def page(table: dict[str, Any]) -> str:
+    """The table as one HTML page that needs no other file."""
+    counts = [f"{sum(row['verdict'] == kind for row in table['claims'])} {kind}" for kind in COLOURS]
+    rows = "\n".join(_html_row(row) for row in table["claims"])
+    heads = "".join(f"<th>{name}</th>" for name in ("claim", "statement", "published", "measured here", "verdict"))
+    made = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Published claims</title><style>{STYLE}</style></head><body>
+<h1>Published claims, measured here</h1>
+<p>Scale {table["scale"]}, {table["seeds"]} seed(s), test split: {", ".join(counts)}. Measured: mean &plusmn; standard
+deviation over seeds. A claim holds when every required bound is kept by the median over seeds.</p>
+<table><tr>{heads}</tr>
+{rows}
+</table><p>{html.escape(made)}</p></body></html>
+"""
+
+
+def _html_row(row: dict[str, Any]) -> str:
+    measured = "<br>".join(f"{html.escape(name)}: {_shown(values)}" for name, values in row["measured"].items())
+    reasons = "<br>".join(map(html.escape, row["reasons"]))
+    cells = [f"{row['method']} {row['id']}", row["claim"], row["published"]]
+    escaped = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+    verdict = f'<td style="background:{COLOURS[row["verdict"]]}"><b>{row["verdict"]}</b><br>{reasons}</td>'
+    return f"<tr>{escaped}<td>{measured}</td>{verdict}</tr>"
+
+
+def _shown(values: dict[str, Any]) -> str:
+    if values["mean"] is None:
+        return "undefined"
+    return f"{values['mean']:.4g}" + (f" &plusmn; {values['sd']:.2g}" if values["sd"] is not None else "")
+
+
+if __name__ == "__main__":
+    run_command(main)
