@@ -1,6 +1,7 @@
 """A sweep: what to search, for which objectives, and the Optuna study that is its memory."""
 
 import threading
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +110,9 @@ def open_study(out: Path, sweep: Sweep, sampler: optuna.samplers.BaseSampler) ->
         sampler=sampler,
         load_if_exists=True,
     )
-    study.set_metric_names(list(sweep.objectives))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(sweep.objectives))
     return study
 
 
@@ -120,8 +123,8 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 class StudySearch(Searcher):
     """Ray Tune's searcher over an Optuna study on disk.
 
-    Ray's own OptunaSearch keeps in memory which study trial belongs to which Tune trial, so a killed sweep leaves trials
-    that nobody ends. Here the study is the only memory: trials that were running when the process died are handed out
+    Ray's own OptunaSearch keeps in memory which study trial belongs to which Tune trial, so a killed sweep leaves
+    trials that nobody ends. Here the study is the only memory: trials that were running when the process died are handed out
     again first, with their number and parameters, and go on in their own folder.
     """
 

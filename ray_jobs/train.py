@@ -13,7 +13,7 @@ from dataeff.core.runtime import RuntimeConfig
 from dataeff.data import absolute_spec, open_splits
 from ray_jobs.cli import add_config_arguments, read_settings, run_command
 from ray_jobs.cluster import connect, cpus_per_worker, require
-from ray_jobs.training import Job, elapsed, run_training
+from ray_jobs.training import Job, Storage, elapsed, run_training
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     data = absolute_spec(args.data)
     open_splits(data)  # a mistake in the data shows here, before a cluster is asked for anything
+    if args.storage:
+        Storage(args.storage)  # and a storage that cannot be written
     folder = RunDirectory(args.out, args.method, data, config, args.resume, args.overwrite)
     if folder.finished:
         print(f"{folder.path} is complete; nothing to resume")

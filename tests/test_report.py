@@ -21,7 +21,8 @@ def test_the_page_shows_runs_sweeps_and_claims_and_needs_no_other_file(tmp_path:
         "objectives": {"val_accuracy": "maximize", "val_macs": "minimize"},
         "reference": {"val_accuracy": 0.9, "val_macs": 123456.0},
         "trials": [
-            {"number": 0, "state": "complete", "params": {"alpha": 0.5}, "values": {"val_accuracy": 0.876}, "pareto": True}
+            {"number": 0, "state": "complete", "params": {"alpha": 0.5}, "values": {"val_accuracy": 0.876}}
+            | {"pareto": True}
         ],
         "chosen": 0,
         "artifact": None,

@@ -84,7 +84,7 @@ def test_a_driver_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed: 
 
 def assert_nothing_stays(command: Command) -> None:
     """Kill the driver; the Ray that it had started ends by itself."""
-    left = wait_for_end(command.kill(), timeout=30)
+    left = wait_for_end(command.kill(), timeout=90)
     names = [process.name() for process in left]
     for process in left:
         process.kill()

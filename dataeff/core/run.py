@@ -100,10 +100,14 @@ class RunDirectory:
                     f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
                     "or choose another --out"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and not self._is_unused():
             raise FileExistsError(f"{self.path} exists and is not a run's folder; choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         replace_text(settings, yaml.safe_dump(self.identity, sort_keys=False))
+
+    def _is_unused(self) -> bool:
+        """Whether the path is a folder with nothing in it but settings that a full disk or a kill cut short."""
+        return self.path.is_dir() and all(item.name == f"{SETTINGS}.part" for item in self.path.iterdir())
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
         before, now = _flat(found), _flat(self.identity)

@@ -1,5 +1,6 @@
 """Where an experiment runs. A method touches devices, processes, precision and compilation only through a Runtime."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +43,8 @@ class Runtime:
                 f"device {device}: no GPU is visible to PyTorch here; leave the GPU option out to run on the CPU"
             )
         self.options = options or RuntimeConfig()
+        if self.options.compile and self.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            raise ValueError("compile: torch.compile on the CPU needs a C++ compiler (g++); install one or leave it out")
 
     @property
     def rank(self) -> int:

@@ -70,7 +70,7 @@ class ParquetImages:
         self.names = _names_in_metadata(schema)
         self.labels, self._null_label = self._read_labels(schema)
         groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-        self._starts = [0, *accumulate(groups)]
+        self._starts: list[int] = [0, *accumulate(groups)]
         self._groups: list[list[_Chunk] | None] = [None] * len(groups)
 
     def __len__(self) -> int:

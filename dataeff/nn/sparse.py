@@ -9,7 +9,7 @@ Images = NDArray[np.int64]
 
 
 class Workspace:
-    """Two buffers that `FeatureRows` fills in turn, kept between batches: fresh memory costs more than copying into it."""
+    """Two buffers that `FeatureRows` fills in turn, kept between batches because fresh memory is slow."""
 
     def __init__(self) -> None:
         self.buffers = [torch.empty(0), torch.empty(0)]

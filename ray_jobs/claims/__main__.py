@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for method, found in runs.items()
         for run in found
     ]
-    failures = run_jobs(jobs, args.scale, args.parallel) if jobs else {}
+    failures = run_jobs(jobs, RayTasks(args.scale), args.parallel) if jobs else {}
     verdicts = [
         judge(claim, out / "runs" / method, args.seeds, failures).to_dict(method)
         for method, found in claims.items()
@@ -112,22 +112,59 @@ def _folder(parent: Path, run: Run, seed: int) -> Path:
     return parent / f"{run.name}-seed{seed}"
 
 
-def run_jobs(jobs: list[Job], scale: str, parallel: int | None) -> dict[str, str]:
-    """Train what is not finished, as Ray tasks, in the order given as far as the runs' dependences allow.
+class RayTasks:
+    """Runs as Ray tasks. A lost worker's task starts again, from the run's last checkpoint.
+
+    Args:
+        scale: decides what one run takes of the cluster.
+
+    Raises:
+        UserError: no cluster, or one that cannot hold a single run.
+    """
+
+    def __init__(self, scale: str) -> None:
+        import ray
+
+        from ray_jobs.cluster import connect, require
+
+        connect()
+        self.scale = scale
+        self.cpus, self.gpus = RESOURCES[scale]
+        require(self.cpus, self.gpus)
+        self.task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=3)(train_job)
+        self.running: dict[Any, Job] = {}
+
+    def slots(self) -> int:
+        """How many runs the cluster holds at a time."""
+        import ray
+
+        have, needs = ray.cluster_resources(), {"CPU": self.cpus, "GPU": self.gpus}
+        return max(1, int(min(have.get(kind, 0) / need for kind, need in needs.items() if need)))
+
+    def submit(self, job: Job, settings: dict[str, Any]) -> None:
+        self.running[self.task.remote(job.method, job.run.data, job.folder, settings, self.scale)] = job
+
+    def wait(self) -> tuple[Job, bool | str]:
+        """A run that has ended: whether it was trained (not finished before), or its error."""
+        import ray
+
+        (done,), _ = ray.wait(list(self.running), num_returns=1)
+        job = self.running.pop(done)
+        try:
+            return job, bool(ray.get(done))
+        except ray.exceptions.RayTaskError as error:
+            return job, one_line(error.cause)
+        except ray.exceptions.RayError as error:
+            return job, one_line(error)[:300]
+
+
+def run_jobs(jobs: list[Job], tasks: RayTasks, parallel: int | None) -> dict[str, str]:
+    """Train what is not finished, in the order given as far as the runs' dependences allow.
 
     Returns:
         The error of each run that failed, or that could not start, by its label.
     """
-    import ray
-
-    from ray_jobs.cluster import connect, require
-
-    connect()
-    cpus, gpus = RESOURCES[scale]
-    require(cpus, gpus)
-    # A lost worker's task starts again from the run's last checkpoint; an error of the method is final.
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_train)
-    waiting, running, failures = list(jobs), dict[Any, Job](), dict[str, str]()
+    waiting, running, failures = list(jobs), 0, dict[str, str]()
     progress = Progress(len(jobs), sum((job.folder / SUMMARY).is_file() for job in jobs))
     ended: set[Path] = set()
     while waiting or running:
@@ -136,39 +173,27 @@ def run_jobs(jobs: list[Job], scale: str, parallel: int | None) -> dict[str, str
             if broken:
                 waiting.remove(job)
                 failures[job.label] = f"needs {broken[0]}, which failed"
-            elif len(running) < (parallel or _slots(cpus, gpus)) and ended.issuperset(job.earlier()):
+            elif running < (parallel or tasks.slots()) and ended.issuperset(job.earlier()):
                 waiting.remove(job)
                 try:
-                    settings = job.settings()
-                except (ValueError, OSError) as error:
+                    tasks.submit(job, job.settings())
+                    running += 1
+                except ValueError as error:
                     failures[job.label] = one_line(error)
-                    continue
-                running[task.remote(job.method, job.run.data, job.folder, settings, scale)] = job
         if not running:
             continue
-        done, _ = ray.wait(list(running), num_returns=1)
-        job = running.pop(done[0])
-        try:
-            trained = ray.get(done[0])
+        job, outcome = tasks.wait()
+        running -= 1
+        if isinstance(outcome, str):
+            failures[job.label] = outcome
+            print(f"{job.label} failed: {outcome}", file=sys.stderr, flush=True)
+        else:
             ended.add(job.folder)
-            progress.show(job.label, trained)
-        except ray.exceptions.RayTaskError as error:
-            failures[job.label] = one_line(error.cause)
-        except ray.exceptions.RayError as error:
-            failures[job.label] = one_line(error)[:300]
-        if job.label in failures:
-            print(f"{job.label} failed: {failures[job.label]}", file=sys.stderr, flush=True)
+            progress.show(job.label, outcome)
     return failures
 
 
-def _slots(cpus: float, gpus: float) -> int:
-    import ray
-
-    have = ray.cluster_resources()
-    return max(1, int(min(have.get(kind, 0) / need for kind, need in (("CPU", cpus), ("GPU", gpus)) if need)))
-
-
-def _train(method: str, data: str, folder: Path, settings: dict[str, Any], scale: str) -> bool:
+def train_job(method: str, data: str, folder: Path, settings: dict[str, Any], scale: str) -> bool:
     """Train one run, its progress and warnings in a log beside its folder; False when it was finished before."""
     if (folder / SUMMARY).is_file():
         train(method, data, folder, settings, resume=True)  # refuses a folder of other settings

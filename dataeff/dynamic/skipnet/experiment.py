@@ -425,7 +425,7 @@ class SkipNetExperiment(Experiment):
         return correct / count, loss / count, executed / count, macs / count
 
     def _learns_to_skip(self) -> bool:
-        """Whether the stage rewards skipping; in supervised stages a network that executes everything is no surprise."""
+        """Whether the stage rewards skipping; without a reward, executing everything is no failure."""
         return self.optimizer_stage >= 0 and ARMS[self.config.arm][self.optimizer_stage].loss != "cross_entropy"
 
     def _full_loss(self) -> float:

@@ -32,7 +32,7 @@ class GateWalk(Protocol):
 class SkipNetInference:
     """Evaluation-mode `SkipNet` with real skipping and folded BatchNorm.
 
-    Decisions are read on the CPU, block by block. Calls at the same time do not share memory: threads may call one instance at once.
+    Decisions are read on the CPU, block by block. Threads may call one instance at the same time.
 
     Args:
         model: with gates, in evaluation mode, on the device to run on; its weights are copied.

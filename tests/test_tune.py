@@ -1,0 +1,249 @@
+"""Sweeps: what a file may say, a study that survives its process, the chosen trial, and whole searches on Ray Tune."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ray_jobs.sweep import StudySearch, Sweep, make_sampler, open_study, read_sweep
+from ray_jobs.tune import choose, write_front
+from tests.ray_helpers import TINY, run, running, wait_until
+
+TWO = {"val_accuracy": "maximize", "val_macs": "minimize"}
+SPACE = {"alpha": FloatDistribution(0.0, 4.0)}
+TINY_TRIAL = TINY | {"arm": "hrl_sp"}
+
+
+def sweep(**changes: Any) -> Sweep:
+    return Sweep(**({"method": "skipnet", "objectives": TWO, "space": {"alpha": {"low": 0, "high": 4}}} | changes))
+
+
+def sweep_file(path: Path, **changes: Any) -> str:
+    values = {"method": "skipnet", "objectives": TWO, "space": {"alpha": {"low": 0, "high": 4}}} | changes
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(path)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_sweep_is_read_by_name() -> None:
+    assert read_sweep("skipnet_alpha", "skipnet").objectives == TWO
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": {}}, "objectives"),
+        ({"objectives": {"val_accuracy": "up"}}, "'maximize', 'minimize'"),
+        ({"sampler": "best"}, "'tpe', 'nsga2', 'random', 'grid'"),
+        ({"spaces": {}}, "did you mean 'space'"),
+        ({"scheduler": "asha"}, "single objective, found 2"),
+        ({"method": "deepmoe"}, "'deepmoe', not 'skipnet'"),
+        ({"cpus": 0}, ">= 1"),
+    ],
+)
+def test_a_wrong_sweep_file_is_named_with_what_is_allowed(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match="sweep") as caught:
+        read_sweep(sweep_file(tmp_path / "s.yaml", **changes), "skipnet")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_sweep_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="did you mean 'skipnet_alpha'"):
+        read_sweep("skipnet_alfa", "skipnet")
+
+
+def test_a_missing_sweep_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        read_sweep(str(tmp_path / "none.yaml"), "skipnet")
+
+
+# --- the study ------------------------------------------------------------------------------------------------------
+
+
+def study_in(folder: Path, objectives: dict[str, str] = TWO) -> optuna.Study:
+    return open_study(folder, sweep(objectives=objectives), make_sampler("random", {}, 0))
+
+
+def search_in(folder: Path, objectives: dict[str, str] = TWO) -> StudySearch:
+    return StudySearch(study_in(folder, objectives), dict(SPACE), objectives)
+
+
+def result(step: int = 20, **values: float) -> dict[str, Any]:
+    return {"step": step, "total_steps": 20, "val_accuracy": 0.5, "val_macs": 1e3} | values
+
+
+def test_trials_of_a_dead_process_are_handed_out_first_with_their_number_and_parameters(tmp_path: Path) -> None:
+    dead = search_in(tmp_path)
+    suggested = [dead.suggest(name) for name in "abc"]
+    dead.on_trial_complete("b", result())
+
+    resumed = search_in(tmp_path)
+    assert [resumed.suggest("x"), resumed.suggest("y")] == [suggested[0], suggested[2]]
+    assert resumed.suggest("z")["number"] == 3
+    for name in "xyz":
+        resumed.on_trial_complete(name, result())
+    states = [trial.state for trial in study_in(tmp_path).trials]
+    assert states == [TrialState.COMPLETE] * 4
+
+
+def test_trials_end_complete_pruned_or_failed_as_they_ended(tmp_path: Path) -> None:
+    objectives = {"val_accuracy": "maximize"}
+    search = search_in(tmp_path, objectives)
+    for name in "abcd":
+        search.suggest(name)
+    search.on_trial_result("a", result(10, val_accuracy=0.25))
+    search.on_trial_complete("a", result(20, val_accuracy=0.75))
+    search.on_trial_complete("b", result(5))
+    search.on_trial_complete("c", error=True)
+    search.on_trial_complete("d", {"step": 20, "total_steps": 20})
+    trials = study_in(tmp_path, objectives).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
+    assert trials[0].value == 0.75
+    assert trials[0].intermediate_values == {10: 0.25}
+
+
+# --- the front ------------------------------------------------------------------------------------------------------
+
+
+def trials_of(*values: tuple[float, float]) -> list[FrozenTrial]:
+    return [
+        create_trial(values=list(pair), params={"alpha": float(i)}, distributions={"alpha": FloatDistribution(0, 9)})
+        for i, pair in enumerate(values)
+    ]
+
+
+def test_the_cheapest_trial_within_the_tolerance_of_the_reference_is_chosen() -> None:
+    trials = trials_of((0.95, 900), (0.946, 500), (0.944, 100), (0.97, 990))
+    reference = {"val_accuracy": 0.95, "val_macs": 1000.0}
+    assert choose(sweep(), trials, reference) is trials[1]
+    assert choose(sweep(accuracy_tolerance=0.01), trials, reference) is trials[2]
+
+
+def test_the_best_trial_is_chosen_without_a_reference_or_when_none_is_good_enough() -> None:
+    trials = trials_of((0.80, 10), (0.90, 900), (0.85, 20))
+    assert choose(sweep(), trials, None) is trials[1]
+    assert choose(sweep(), trials, {"val_accuracy": 0.99, "val_macs": 1000.0}) is trials[1]
+    assert choose(sweep(), [], None) is None
+
+
+def test_a_single_objective_is_chosen_in_its_direction() -> None:
+    trials = [create_trial(value=value) for value in (3.0, 1.0, 2.0)]
+    assert choose(sweep(objectives={"val_loss": "minimize"}), trials, None) is trials[1]
+
+
+def test_the_front_lists_every_trial_and_marks_the_pareto_set(tmp_path: Path) -> None:
+    search = search_in(tmp_path)
+    for name, accuracy, macs in (("a", 0.9, 500.0), ("b", 0.8, 600.0), ("c", 0.7, 100.0)):
+        search.suggest(name)
+        search.on_trial_complete(name, result(val_accuracy=accuracy, val_macs=macs))
+    search.suggest("d")
+    front = write_front(sweep(), tmp_path, {"val_accuracy": 0.9, "val_macs": 1000.0, "step": 20})
+    assert front == json.loads((tmp_path / "front.json").read_text())
+    assert [trial["pareto"] for trial in front["trials"]] == [True, False, True, False]
+    assert [trial["state"] for trial in front["trials"]] == ["complete"] * 3 + ["running"]
+    assert front["trials"][0]["values"] == {"val_accuracy": 0.9, "val_macs": 500.0}
+    assert front["reference"] == {"val_accuracy": 0.9, "val_macs": 1000.0}
+    assert (front["chosen"], front["artifact"]) == (0, "trials/0000/artifact")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- whole sweeps ---------------------------------------------------------------------------------------------------
+
+
+def tune_arguments(file: str, out: Path, *more: str) -> list[str]:
+    return ["-m", "ray_jobs.tune", "skipnet", "--sweep", file, "--data", "digits", "--out", str(out), *more]
+
+
+def finished_trials(out: Path) -> dict[str, int]:
+    """Trial -> when its summary was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in (out / "trials").glob("*/summary.json")}
+
+
+def load_study(out: Path) -> optuna.Study:
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{out / 'study.db'}")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = sweep_file(
+        tmp_path / "sweep.yaml",
+        sampler="nsga2",
+        shared={"start_from": {"arm": "sp"}},
+        reference={"arm": "base", "gate": "none"},
+        set=TINY_TRIAL,
+        trials=4,
+    )
+    with running(tune_arguments(file, out)) as command:
+        wait_until(lambda: finished_trials(out), command, timeout=180)
+        running_now = load_study(out)
+        assert running_now.trials, "Optuna opens the study while the sweep runs"
+        left = command.kill()
+    for process in left:
+        if process.is_running():
+            process.kill()
+    before = finished_trials(out)
+    params = {trial.number: trial.params for trial in load_study(out).trials}
+    shared = (out / "shared" / "start_from" / "summary.json").stat().st_mtime_ns
+    assert before and len(before) < 4
+
+    run(tune_arguments(file, out, "--resume")).finish()
+    after = finished_trials(out)
+    assert sorted(after) == ["0000", "0001", "0002", "0003"]
+    assert {name: after[name] for name in before} == before, "a finished trial was trained again"
+    assert (out / "shared" / "start_from" / "summary.json").stat().st_mtime_ns == shared
+    trials = load_study(out).trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    assert {number: trials[number].params for number in params} == params
+    front = json.loads((out / "front.json").read_text())
+    assert front["reference"].keys() == TWO.keys()
+    assert (out / front["artifact"] / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_asha_stops_poor_trials_of_a_single_objective(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = sweep_file(
+        tmp_path / "sweep.yaml",
+        objectives={"val_accuracy": "maximize"},
+        scheduler="asha",
+        sampler="random",
+        set=TINY | {"arm": "sp"},
+        space={"stage1.lr": {"low": 0.0001, "high": 0.2, "log": True}},
+        trials=4,
+    )
+    run(tune_arguments(file, out)).finish()
+    front = json.loads((out / "front.json").read_text())
+    states = [trial["state"] for trial in front["trials"]]
+    assert len(states) == 4 and set(states) <= {"complete", "pruned"} and "complete" in states
+    assert all(trial.intermediate_values for trial in load_study(out).trials)
+    assert front["trials"][front["chosen"]]["state"] == "complete"
+
+
+@pytest.mark.slow
+def test_a_trial_can_be_a_ray_train_run_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = sweep_file(tmp_path / "sweep.yaml", trial="ray_train", sampler="random", set=TINY_TRIAL, trials=2)
+    run(tune_arguments(file, out)).finish()
+    front = json.loads((out / "front.json").read_text())
+    assert [trial["state"] for trial in front["trials"]] == ["complete", "complete"]
+    assert sorted(finished_trials(out)) == ["0000", "0001"]
+
+
+def test_a_wrong_space_ends_in_one_line_before_a_cluster_is_asked(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path / "sweep.yaml", space={"alpha": {"low": 0, "high": 1000}})
+    command = run(tune_arguments(file, tmp_path / "out"))
+    lines = command.stderr.splitlines()
+    assert (command.process.returncode, len(lines)) == (2, 1), command.stderr
+    assert "alpha = 1000" in lines[0] and "<= 100" in lines[0]
+    assert not (tmp_path / "out").exists()
