@@ -94,10 +94,10 @@ class Command:
             return [process, *process.children(recursive=True)]
         return []
 
-    def wait(self, timeout: float = 180) -> int:
+    def wait(self, timeout: float = 400) -> int:
         return self.process.wait(timeout)
 
-    def finish(self, timeout: float = 180) -> None:
+    def finish(self, timeout: float = 400) -> None:
         """Wait for a command that must succeed."""
         assert self.wait(timeout) == 0, self.stderr[-3000:]
 
@@ -134,7 +134,7 @@ def run(arguments: Sequence[str], variables: dict[str, str] | None = None, **opt
     return command
 
 
-def wait_until(condition: Any, command: Command, timeout: float = 120) -> None:
+def wait_until(condition: Any, command: Command, timeout: float = 300) -> None:
     """Wait for `condition()` while `command` runs."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -41,9 +41,3 @@ def test_a_gpu_that_is_not_there_and_a_missing_compiler_are_named(monkeypatch: p
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
         Runtime("cpu", RuntimeConfig(compile=True))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
-def test_a_compiled_network_trains_like_the_plain_one() -> None:
-    assert losses(RuntimeConfig(compile=True)) == pytest.approx(losses(RuntimeConfig()), rel=1e-2)

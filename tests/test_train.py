@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 import ray
 
 import dataeff
@@ -116,7 +115,7 @@ def test_mistakes_that_need_no_cluster_end_in_one_line_without_one(
 
 def test_a_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800)  # the settings do not fit, the line on stderr does)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))  # the settings do not fit, the line on stderr does
 
     command = run(["-m", "ray_jobs.train", *skipnet(tmp_path / "run")], preexec_fn=limit)
     check_one_line(command, "config.yaml", "choose another --out")
@@ -125,8 +124,8 @@ def test_a_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
 
 def test_resources_that_the_cluster_lacks_end_in_one_line(tmp_path: Path) -> None:
     check_one_line(
-        run(["-m", "ray_jobs.train", *skipnet(tmp_path / "run", "--workers", "64", "--cpus-per-worker", "8", "--gpus", "64")]),
-        "512 CPUs asked for",
+        run(["-m", "ray_jobs.train", *skipnet(tmp_path / "run", "--workers", "64", "--gpus", "64")]),
+        "64 CPUs asked for",
         "64 GPUs asked for",
         "--workers",
     )

@@ -185,7 +185,7 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
         trials=4,
     )
     with running(tune_arguments(file, out)) as command:
-        wait_until(lambda: finished_trials(out), command, timeout=180)
+        wait_until(lambda: finished_trials(out), command)
         running_now = load_study(out)
         assert running_now.trials, "Optuna opens the study while the sweep runs"
         left = command.kill()

@@ -242,8 +242,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def replace_text(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:  # a failed write, such as on a full disk, does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
