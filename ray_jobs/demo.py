@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import logging
 import socket
 import time
 import urllib.request
@@ -83,6 +84,7 @@ def serve_and_check(artifact: Path, images: ImageSource) -> tuple[int, float]:
     predictor = dataeff.load(artifact)
     with torch.inference_mode():
         offline = predictor.predict(predictor.preprocess(pictures))
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
@@ -95,7 +97,7 @@ def serve_and_check(artifact: Path, images: ImageSource) -> tuple[int, float]:
             answers = list(pool.map(lambda picture: post(url, picture), pictures))
         seconds = time.perf_counter() - started
     finally:
-        serve.shutdown()
+        serve.delete("demo")
     for number, answer in enumerate(answers):
         label, macs = int(offline.probabilities[number].argmax()), float(offline.macs[number])
         if answer["label"] != label or answer["macs"] != macs:

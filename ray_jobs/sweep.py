@@ -124,8 +124,8 @@ class StudySearch(Searcher):
     """Ray Tune's searcher over an Optuna study on disk.
 
     Ray's own OptunaSearch keeps in memory which study trial belongs to which Tune trial, so a killed sweep leaves
-    trials that nobody ends. Here the study is the only memory: trials that were running when the process died are handed out
-    again first, with their number and parameters, and go on in their own folder.
+    trials that nobody ends. Here the study is the only memory: trials that were running when the process died are
+    handed out again first, with their number and parameters, and go on in their own folder.
     """
 
     def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], objectives: dict[str, str]) -> None:
@@ -142,7 +142,9 @@ class StudySearch(Searcher):
         with self.lock:
             if self.interrupted:
                 number = self.interrupted.pop(0)
-                params = self.study.trials[number].params
+                trial = optuna.trial.Trial(self.study, self.study.trials[number]._trial_id)
+                # Stored parameters stay; a kill while the trial was made has left some out.
+                params = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
             else:
                 trial = self.study.ask(fixed_distributions=self.space)
                 number, params = trial.number, trial.params

@@ -180,8 +180,11 @@ def _scheduler(sweep: Sweep) -> Any:
     if sweep.scheduler is None:
         return None
     metric, direction = next(iter(sweep.objectives.items()))
-    kind = ASHAScheduler if sweep.scheduler == "asha" else MedianStoppingRule
-    return kind(time_attr="step", metric=metric, mode="max" if direction == "maximize" else "min")
+    mode = "max" if direction == "maximize" else "min"
+    if sweep.scheduler == "median":
+        return MedianStoppingRule(time_attr="step", metric=metric, mode=mode)
+    # A trial ends by itself; by default ASHA would end every one at step 100.
+    return ASHAScheduler(time_attr="step", metric=metric, mode=mode, max_t=10**6)
 
 
 class TrialProgress(tune.Callback):

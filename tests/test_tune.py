@@ -9,9 +9,10 @@ import pytest
 import yaml
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from ray.tune.experiment import Trial
 
 from ray_jobs.sweep import StudySearch, Sweep, make_sampler, open_study, read_sweep
-from ray_jobs.tune import choose, write_front
+from ray_jobs.tune import _scheduler, choose, write_front
 from tests.ray_helpers import TINY, run, running, wait_until
 
 TWO = {"val_accuracy": "maximize", "val_macs": "minimize"}
@@ -94,6 +95,23 @@ def test_trials_of_a_dead_process_are_handed_out_first_with_their_number_and_par
         resumed.on_trial_complete(name, result())
     states = [trial.state for trial in study_in(tmp_path).trials]
     assert states == [TrialState.COMPLETE] * 4
+
+
+def test_a_trial_whose_process_died_before_it_had_parameters_gets_some(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    study._storage.create_new_trial(study._study_id)
+    suggested = search_in(tmp_path).suggest("x")
+    assert suggested["number"] == 0
+    assert 0 <= suggested["params"]["alpha"] <= 4
+    assert study_in(tmp_path).trials[0].params == suggested["params"]
+
+
+def test_asha_lets_a_good_trial_run_for_more_than_a_hundred_steps() -> None:
+    scheduler = _scheduler(sweep(objectives={"val_accuracy": "maximize"}, scheduler="asha"))
+    trial = Trial("skipnet", stub=True)
+    scheduler.on_trial_add(None, trial)
+    decisions = {scheduler.on_trial_result(None, trial, {"step": step, "val_accuracy": 0.5}) for step in range(1, 500)}
+    assert decisions == {"CONTINUE"}
 
 
 def test_trials_end_complete_pruned_or_failed_as_they_ended(tmp_path: Path) -> None:
