@@ -148,8 +148,9 @@ def _search(
     if remaining <= 0:
         return
     setup = {"sweep": sweep.model_dump(), "settings": settings, "data": data, "out": str(out)}
-    # A Ray Train trial only waits for its workers, which take the resources themselves.
-    own: dict[str, float] = {"CPU": 0} if sweep.trial == "ray_train" else {"CPU": sweep.cpus, "GPU": sweep.gpus}
+    # A Ray Train trial only waits for its workers, which take the resources themselves; Tune refuses to ask for nothing.
+    ray_train = sweep.trial == "ray_train"
+    own: dict[str, float] = {"CPU": 0, "memory": 1} if ray_train else {"CPU": sweep.cpus, "GPU": sweep.gpus}
     share = sweep.cpus * sweep.workers
     concurrent = max(1, int(ray.cluster_resources().get("CPU", 1)) // share)
     if sweep.gpus:

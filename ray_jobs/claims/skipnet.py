@@ -467,7 +467,7 @@ def _middle_group_skipped_less(hrl: Run, untestable: str = "") -> Claim:
 
 def _training_overhead(sp: Run, hrl: Run) -> Claim:
     def measure(results: Results) -> dict[str, float]:
-        first, second = (seconds_per_iteration(results[run.name]) for run in (sp, hrl))
+        first, second = seconds_per_iteration(results[sp.name], results[hrl.name])
         one, two = PUBLISHED_ITERATIONS
         return {"overhead": second * two / (first * one), "stage_2_over_stage_1_per_iteration": second / first}
 

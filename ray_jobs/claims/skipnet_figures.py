@@ -1,5 +1,7 @@
 """Figures of SkipNet's runs: what `ray_jobs.claims.skipnet` measures."""
 
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from dataeff.core.artifact import read_artifact
-from dataeff.core.config import parse_config, read_yaml
+from dataeff.core.config import merge, parse_config, read_yaml
+from dataeff.core.runtime import Runtime
 from dataeff.data import ImageSource, Preprocess, eval_batches, open_splits
 from dataeff.dynamic.skipnet import analysis
-from dataeff.dynamic.skipnet.experiment import SkipNetConfig, build_network
+from dataeff.dynamic.skipnet.experiment import SkipNetConfig, SkipNetExperiment, build_network
 from dataeff.dynamic.skipnet.model import SkipNet, build_skipnet
 from dataeff.metrics.cost import count_macs
 from ray_jobs.claims import Result, Results, Run
@@ -34,10 +37,30 @@ def largest_rise(results: Results, ascending: list[Run]) -> float:
     return float(max(np.diff(shares)))
 
 
-def seconds_per_iteration(result: Result) -> float:
-    """Median over the reported steps of the run's last stage."""
-    rows = result.rows
-    return float(np.median([row["seconds"] for row in rows if row["stage"] == rows[-1]["stage"]]))
+def seconds_per_iteration(*finished: Result, repeats: int = 5, iterations: int = 20) -> list[float]:
+    """Median training time of a mini-batch in the last stage of each run, in seconds.
+
+    The runs are trained anew for a few mini-batches in turn, because times taken at different moments of a busy machine
+    do not compare. Processor time, where there is no GPU, leaves out what other programs take.
+    """
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the runs have warned already
+        experiments = []
+        for result in finished:
+            settings = merge(result.summary["config"], {"report_every": iterations})
+            experiment = SkipNetExperiment(parse_config(SkipNetConfig, settings), result.summary["data"], Runtime())
+            experiment.step()  # warms up; stage 2 also begins with an evaluation
+            experiments.append(experiment)
+        seconds = np.empty((repeats, len(experiments)))
+        for repeat in range(repeats):
+            for column, experiment in enumerate(experiments):
+                started = clock()
+                experiment.step()
+                trained = clock()
+                experiment.evaluate("val")  # each step ends with one
+                seconds[repeat, column] = (trained - started) - (clock() - trained)
+    return [float(median) / iterations for median in np.median(seconds, axis=0)]
 
 
 def analyses(result: Result) -> dict[str, Any]:

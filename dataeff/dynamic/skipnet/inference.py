@@ -3,6 +3,7 @@
 Every block runs on the images that execute it and on no other. The result is that of masked execution in mode "hard".
 """
 
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -214,9 +215,7 @@ class _RecurrentWalk:
         self.pooled = self.inputs[:, hidden + 1 :]
 
     def observe(self, images: Images, features: Tensor) -> None:
-        # Not mean(): its division is one more operator, on a small array.
-        pooled = features.sum((2, 3), dtype=torch.float32).cpu().numpy()
-        pooled *= 1 / (features.shape[2] * features.shape[3])
+        pooled = _global_average(features)
         if len(images) < self.count:
             self.pooled[images] = pooled
         elif pooled.shape == self.pooled.shape:
@@ -239,6 +238,25 @@ class _RecurrentWalk:
         np.multiply(leave, self.tanh_cell, out=self.hidden_state)  # twice the hidden state
         logits: Floats = np.dot(self.state, self.gate.output)
         return logits
+
+
+def _global_average(features: Tensor) -> Floats:
+    """Mean over height and width of channels-last features (n, C, H, W), (n, C)."""
+    size = features.shape[2] * features.shape[3]
+    if len(features) == 1 and features.device.type == "cpu" and features.dtype == torch.float32:
+        # A product with a constant row, without PyTorch's threads: a third of the time on one small image.
+        rows: Floats = features.permute(0, 2, 3, 1).reshape(size, -1).numpy()
+        average: Floats = np.dot(_average_row(size), rows)
+        return average
+    # Not mean(): its division is one more operator, on a small array.
+    pooled: Floats = features.sum((2, 3), dtype=torch.float32).cpu().numpy()
+    pooled *= 1 / size
+    return pooled
+
+
+@cache
+def _average_row(size: int) -> Floats:
+    return np.full((1, size), 1 / size, dtype=np.float32)
 
 
 def _check_budget(budget: Tensor | None, count: int) -> NDArray[np.float64] | None:
