@@ -137,7 +137,10 @@ class EventTail(threading.Thread):
         complete = text[: text.rfind(b"\n") + 1]
         self.position += len(complete)
         for line in complete.splitlines():
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:  # cut short by a full disk or a kill
+                continue
             if "failure" in event:
                 print(f"{event['failure']}; restarting from the last checkpoint", file=sys.stderr, flush=True)
                 self.progress = Progress()

@@ -148,7 +148,7 @@ def _search(
     if remaining <= 0:
         return
     setup = {"sweep": sweep.model_dump(), "settings": settings, "data": data, "out": str(out)}
-    # A Ray Train trial only waits for its workers, which take the resources themselves; Tune refuses to ask for nothing.
+    # A Ray Train trial only waits for its workers, which take the resources themselves; Tune refuses an empty request.
     ray_train = sweep.trial == "ray_train"
     own: dict[str, float] = {"CPU": 0, "memory": 1} if ray_train else {"CPU": sweep.cpus, "GPU": sweep.gpus}
     share = sweep.cpus * sweep.workers

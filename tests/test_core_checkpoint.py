@@ -186,8 +186,13 @@ def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
     assert not begin(tmp_path).finished
 
 
+def test_settings_without_a_step_do_not_stand_in_the_way_of_other_settings(tmp_path: Path) -> None:
+    begin(tmp_path / "run")  # a job that was refused, for want of CPUs say
+    begin(tmp_path / "run", {"seed": 1})
+
+
 def test_a_folder_with_a_run_is_refused_and_the_ways_out_are_named(tmp_path: Path) -> None:
-    begin(tmp_path / "run")
+    begin(tmp_path / "run").checkpoints.mkdir()
     with pytest.raises(FileExistsError, match="already holds a run.*--resume.*--overwrite.*--out"):
         begin(tmp_path / "run")
 
@@ -207,7 +212,7 @@ def test_a_tuple_in_the_settings_is_the_list_that_was_written(tmp_path: Path) ->
 
 
 def test_resuming_with_other_settings_names_those_that_differ(tmp_path: Path) -> None:
-    begin(tmp_path / "run")
+    begin(tmp_path / "run").checkpoints.mkdir()
     with pytest.raises(ValueError) as caught:
         begin(tmp_path / "run", {"seed": 0, "stage": {"lr": 0.2}, "new": 1}, resume=True)
     text = str(caught.value)
@@ -217,7 +222,7 @@ def test_resuming_with_other_settings_names_those_that_differ(tmp_path: Path) ->
 
 
 def test_resuming_another_method_or_other_data_is_refused(tmp_path: Path) -> None:
-    begin(tmp_path / "run")
+    begin(tmp_path / "run").checkpoints.mkdir()
     with pytest.raises(ValueError, match="data: 'digits' before, 'shapes' now; method: 'walk' before, 'run' now"):
         RunDirectory(tmp_path / "run", "run", "shapes", CONFIG, resume=True)
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 # One step a mini-batch; without batch statistics, which would depend on how a batch is split.
 CURVE = TINY | {
     "norm": "group",
-    "reward_baseline": "none",  # batch_mean is the mean of a worker's own part of the batch
+    "reward_baseline": "batch_mean",
     "report_every": 1,
     "stage1": {"iterations": 10, "batch": 16},
     "stage2": {"iterations": 10, "batch": 16, "lr": 0.01},

@@ -90,7 +90,7 @@ class RunDirectory:
         self.path = Path(path)
         self.identity = {"method": method, "data": data, "config": json.loads(json.dumps(dict(config)))}
         settings = self.path / SETTINGS
-        if settings.is_file():
+        if settings.is_file() and not self._is_unused():
             if overwrite:
                 shutil.rmtree(self.path)
             elif resume:
@@ -106,8 +106,8 @@ class RunDirectory:
         replace_text(settings, yaml.safe_dump(self.identity, sort_keys=False))
 
     def _is_unused(self) -> bool:
-        """Whether the path is a folder with nothing in it but settings that a full disk or a kill cut short."""
-        return self.path.is_dir() and all(item.name == f"{SETTINGS}.part" for item in self.path.iterdir())
+        """Whether the folder holds nothing but settings: a job that was refused, or killed, before its first step."""
+        return self.path.is_dir() and {item.name for item in self.path.iterdir()} <= {SETTINGS, f"{SETTINGS}.part"}
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
         before, now = _flat(found), _flat(self.identity)

@@ -376,11 +376,15 @@ class SkipNetExperiment(Experiment):
             "reward_baseline": config.reward_baseline,
             "block_costs": costs,
             "gamma": config.gamma,
+            "batch_mean": self._mean_over_workers,
         }
         if arm.loss == "hybrid":
             return hybrid_rl_loss(output, labels, rl_weight=config.rl_weight, **options)[0]
         assert class_draws is not None
         return pure_rl_loss(output, labels, class_draws, reward=config.rl_reward, **options)[0]
+
+    def _mean_over_workers(self, rewards: Tensor) -> Tensor:
+        return self.runtime.all_reduce(rewards.mean(0)) / self.runtime.world_size
 
     def _gumbel_temperature(self, progress: float) -> float:
         first, last = self.config.gumbel_temperature

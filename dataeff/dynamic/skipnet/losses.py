@@ -4,6 +4,7 @@ Source: spec skipnet sections 2.5 to 2.7 and 10. N is the number of gates, B the
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,9 +16,14 @@ if TYPE_CHECKING:
 
 Beta = Literal["alpha_over_n"] | float
 Baseline = Literal["none", "batch_mean"]
+BatchMean = Callable[[Tensor], Tensor]
 
 ALL_SKIP_SHARE = 0.02
 SATURATED_LOGIT = 8.0
+
+
+def _local_mean(rewards: Tensor) -> Tensor:
+    return rewards.mean(0)
 
 
 def straight_through(prob: Tensor) -> Tensor:
@@ -59,6 +65,7 @@ def hybrid_rl_loss(
     reward_baseline: Baseline = "none",
     block_costs: Tensor | None = None,
     gamma: float = 1.0,
+    batch_mean: BatchMean = _local_mean,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the sampled path plus REINFORCE for the gates (surrogate of spec section 2.6).
 
@@ -77,6 +84,7 @@ def hybrid_rl_loss(
         reward_baseline: "none", or "batch_mean" to subtract the batch mean of rhat per gate.
         block_costs: C, (N,); None for ones.
         gamma: discount in (0, 1].
+        batch_mean: the mean over the first axis; with several workers, over all of them.
 
     Returns:
         The loss to minimise and its parts as detached scalars: "cross_entropy", "policy" (the second term with its
@@ -96,7 +104,7 @@ def hybrid_rl_loss(
     skip = reward_to_go(output.gates, block_costs, alpha, gamma)
     weight = _loss_weight(beta, alpha, skip.shape[1])
     rewards = skip - _discounts(skip, gamma) * (weight * cross_entropy.detach())[:, None]
-    policy = rl_weight * _policy_loss(output, _subtract_baseline(rewards, reward_baseline)).mean()
+    policy = rl_weight * _policy_loss(output, _subtract_baseline(rewards, reward_baseline, batch_mean)).mean()
     loss = cross_entropy.mean() + policy
     return loss, _parts(output, cross_entropy, policy, skip)
 
@@ -111,6 +119,7 @@ def pure_rl_loss(
     reward_baseline: Baseline = "none",
     block_costs: Tensor | None = None,
     gamma: float = 1.0,
+    batch_mean: BatchMean = _local_mean,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE only: the class is sampled too and no supervised gradient is used (ablation "SkipNet+RL").
 
@@ -122,7 +131,7 @@ def pure_rl_loss(
         targets: int64 (B,) in [0, K).
         class_draws: uniform numbers in [0, 1), (B,), that choose the class by inversion.
         reward: "loss" for -L, "correct" for 1 where the sampled class is right.
-        alpha, beta, reward_baseline, block_costs, gamma: as for `hybrid_rl_loss`.
+        alpha, beta, reward_baseline, block_costs, gamma, batch_mean: as for `hybrid_rl_loss`.
 
     Returns:
         The loss and the parts of `hybrid_rl_loss`.
@@ -142,8 +151,8 @@ def pure_rl_loss(
         raise ValueError(f"reward must be 'loss' or 'correct', got {reward!r}")
     skip = reward_to_go(output.gates, block_costs, alpha, gamma)
     terminal = _loss_weight(beta, alpha, skip.shape[1]) * terminal
-    rewards = _subtract_baseline(skip + _discounts(skip, gamma) * terminal[:, None], reward_baseline)
-    class_reward = _subtract_baseline(terminal, reward_baseline)
+    rewards = _subtract_baseline(skip + _discounts(skip, gamma) * terminal[:, None], reward_baseline, batch_mean)
+    class_reward = _subtract_baseline(terminal, reward_baseline, batch_mean)
     class_loss = -log_probs.gather(1, chosen[:, None]).view(-1) * class_reward
     loss = (class_loss + _policy_loss(output, rewards)).mean()
     return loss, _parts(output, cross_entropy, loss, skip)
@@ -257,10 +266,10 @@ def _discounts(rewards: Tensor, gamma: float) -> Tensor:
     return gamma ** torch.arange(count - 1, -1, -1, device=rewards.device, dtype=rewards.dtype)
 
 
-def _subtract_baseline(rewards: Tensor, baseline: Baseline) -> Tensor:
+def _subtract_baseline(rewards: Tensor, baseline: Baseline, batch_mean: BatchMean) -> Tensor:
     if baseline not in ("none", "batch_mean"):
         raise ValueError(f"reward_baseline must be 'none' or 'batch_mean', got {baseline!r}")
-    return rewards - rewards.mean(0) if baseline == "batch_mean" else rewards
+    return rewards - batch_mean(rewards) if baseline == "batch_mean" else rewards
 
 
 def _policy_loss(output: "SkipNetOutput", rewards: Tensor) -> Tensor:
