@@ -172,10 +172,17 @@ def _sweep_section(sweep: Path) -> str:
 def _claims_section(folder: Path) -> str:
     claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
     rows = [
-        [claim["id"], claim["text"], claim["published"], claim["measured"], claim["verdict"]]
+        [claim["id"], claim["claim"], claim["published"], _measured(claim["measured"]), claim["verdict"]]
         for claim in claims["claims"]
     ]
     return "<h2>Claims</h2>" + table(["", "claim", "published", "measured", "verdict"], rows)
+
+
+def _measured(figures: dict[str, dict[str, Any]]) -> str:
+    return "; ".join(
+        f"{name} {_cell(figure['mean'])}" + (f" ± {_cell(figure['sd'])}" if figure["sd"] is not None else "")
+        for name, figure in figures.items()
+    )
 
 
 def _picture(path: Path, caption: str) -> str:

@@ -29,11 +29,12 @@ def test_the_page_shows_runs_sweeps_and_claims_and_needs_no_other_file(tmp_path:
     }
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "front.json").write_text(json.dumps(front))
-    claim = {"id": "S2", "text": "costs less", "published": "less", "measured": "0.3", "verdict": "does not hold"}
+    measured = {"skipped": {"mean": 0.0671, "sd": 0.01, "median": 0.07, "values": [0.07]}}
+    claim = {"id": "S2", "claim": "costs less", "published": "less", "measured": measured, "verdict": "does not hold"}
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "claims.json").write_text(json.dumps({"claims": [claim]}))
     page = report.main([str(tmp_path)]).read_text()
-    for expected in ("first &lt;run&gt;", "second", "0.876", "123,456", "does not hold", "data:image/png;base64,"):
+    for expected in ("first &lt;run&gt;", "second", "0.876", "123,456", "does not hold", "skipped 0.0671 ± 0.01", "data:image/png;base64,"):
         assert expected in page
     assert "<run>" not in page and "http" not in page
 
