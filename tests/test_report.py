@@ -35,7 +35,8 @@ def test_the_page_shows_runs_sweeps_and_claims_and_needs_no_other_file(tmp_path:
     (tmp_path / "claims" / "claims.json").write_text(json.dumps({"claims": [claim]}))
     page = report.main([str(tmp_path)]).read_text()
     expected_texts = (
-        "first &lt;run&gt;", "second", "0.876", "123,456", "does not hold", "skipped 0.0671 ± 0.01", "data:image/png;base64,",
+        "first &lt;run&gt;", "second", "0.876", "123,456", "does not hold", "skipped 0.0671 ± 0.01",
+        "data:image/png;base64,",
     )  # fmt: skip
     for expected in expected_texts:
         assert expected in page
