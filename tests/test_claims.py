@@ -1,6 +1,7 @@
 """The claims command: its bookkeeping with a method that trains in no time, and SkipNet's cheapest claims for real."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dataeff.core.artifact import Card, save_artifact, versions
 from dataeff.core.config import ExperimentConfig, merge
 from dataeff.core.experiment import Experiment
 from dataeff.core.registry import METHODS
-from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, load_claims, plan
+from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, load_claims, plan, spread
 from ray_jobs.claims import skipnet as skipnet_claims
 from ray_jobs.claims.skipnet_figures import spearman
 from ray_jobs.cli import UserError
@@ -231,3 +232,7 @@ def test_skipnets_cheapest_claims_run_on_ray(monkeypatch: pytest.MonkeyPatch, tm
     assert 0 <= rows["S2"]["measured"]["ff_skipped_share"]["mean"] <= 1
     assert rows["S2"]["verdict"] in ("holds", "does not hold")
     assert (tmp_path / "out" / "runs" / "skipnet" / "sp_ff-seed0" / "summary.json").is_file()
+
+
+def test_a_figure_that_is_undefined_for_a_seed_is_given_as_undefined() -> None:
+    assert spread([0.5, math.nan, 0.7]) == {"mean": None, "sd": None, "median": None, "values": [0.5, None, 0.7]}

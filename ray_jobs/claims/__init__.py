@@ -167,9 +167,11 @@ class Verdict:
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one value), median and the values; None where not a number."""
+    listed = [_finite(value) for value in values]
+    if None in listed:  # such as the correlation with a quantity that does not vary
+        return {"mean": None, "sd": None, "median": None, "values": listed}
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    found = {"mean": statistics.fmean(values), "sd": deviation, "median": statistics.median(values)}
-    return {name: _finite(value) for name, value in found.items()} | {"values": [_finite(value) for value in values]}
+    return {"mean": statistics.fmean(values), "sd": deviation, "median": statistics.median(values), "values": listed}
 
 
 def _finite(value: float | None) -> float | None:
