@@ -84,6 +84,7 @@ def test_mistakes_that_need_no_cluster_end_in_one_line_without_one(
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_text("{method: skipnet, data: digits, config: {}}\n")
+    (other / "checkpoints").mkdir()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear aunt")
