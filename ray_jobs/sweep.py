@@ -154,13 +154,17 @@ class StudySearch(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if len(self.objectives) == 1:
             trial = optuna.trial.Trial(self.study, self.study.trials[self.numbers[trial_id]]._trial_id)
-            trial.report(float(result[next(iter(self.objectives))]), int(result["step"]))
+            step = int(result["step"])
+            if step not in self.study.trials[self.numbers[trial_id]].intermediate_values:
+                trial.report(float(result[next(iter(self.objectives))]), step)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self.numbers[trial_id]
         if error or not result or any(name not in result for name in self.objectives):
             self.study.tell(number, state=TrialState.FAIL)
-        elif result["step"] < result["total_steps"]:
+            return
+        self.on_trial_result(trial_id, result)  # a scheduler that stops a trial at a result keeps it to itself
+        if result["step"] < result["total_steps"]:
             self.study.tell(number, state=TrialState.PRUNED)
         else:
             self.study.tell(number, [float(result[name]) for name in self.objectives])

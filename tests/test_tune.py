@@ -127,7 +127,7 @@ def test_trials_end_complete_pruned_or_failed_as_they_ended(tmp_path: Path) -> N
     trials = study_in(tmp_path, objectives).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
     assert trials[0].value == 0.75
-    assert trials[0].intermediate_values == {10: 0.25}
+    assert trials[0].intermediate_values == {10: 0.25, 20: 0.75}
 
 
 # --- the front ------------------------------------------------------------------------------------------------------

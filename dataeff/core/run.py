@@ -180,6 +180,8 @@ def train(
         return folder.summary()
     run = RunState(cls(settings, data, runtime or Runtime()), newest_checkpoint(folder.checkpoints))
     progress = report or Progress()
+    if run.finished:  # killed between the last checkpoint and the end
+        progress(run.rows[-1], run.experiment.total_steps)
     for row in run.advance():
         save_step(run, folder.checkpoints)
         for warning in run.take_warnings():
