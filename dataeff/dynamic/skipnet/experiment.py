@@ -128,7 +128,7 @@ class SkipNetConfig(ExperimentConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SkipNetConfig":
-        if self.arm != "base" and self.arm in GATED_ARMS and self.gate == "none":
+        if self.arm in GATED_ARMS and self.gate == "none":
             raise ValueError(f"arm {self.arm!r} needs a gate: rnn, ffgate1, ffgate2 or linear")
         if self.start_from and self.arm != "hrl_sp":
             raise ValueError(f"start_from is for arm 'hrl_sp', not {self.arm!r}")
