@@ -1,8 +1,10 @@
 """Does skipping blocks save time? SkipNet with real skipping against dense networks of the same depth, on the CPU.
 
 The dense baseline has the same folded norms, fused operators and memory format as SkipNet, so that only skipping and
-its own costs (gates, gathering) make the difference. Decisions are forced, at random per image and block; the gates
-run all the same. All contestants take turns in every repeat; ratios are medians of the ratios within a repeat.
+its own costs (gates, gathering) make the difference. "ordinary" contestants have folded norms too, but PyTorch's
+public operators (convolution, addition, ReLU one after the other). Decisions are forced, at random per image and
+block; the gates run all the same. All contestants take turns in every repeat; ratios are medians of the ratios within
+a repeat.
 
     python benchmarks/skipnet_speed.py [--quick]
 
@@ -16,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from dataeff.nn.fold import FoldedResNet
 
 SHARES = (25, 50, 75, 100)
 BATCHES = (1, 64)
-BASELINE = "dense folded"
+BASELINE, ORDINARY = "dense folded", "dense ordinary"
 Contestant = Callable[[], object]
 
 
@@ -43,6 +46,11 @@ def contestants(model: SkipNet, batch: int) -> dict[str, Contestant]:
         return lambda: skipping(x, forced=forced)
 
     runs |= {f"skip {share} %": skip(share) for share in SHARES}
+    with mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False):  # read by fold_conv
+        ordinary_dense, ordinary_skipping = FoldedResNet(model.backbone), SkipNetInference(model)
+    half = executed(draws, 50)
+    runs[ORDINARY] = lambda: ordinary_dense(x)
+    runs["skip 50 % ordinary"] = lambda: ordinary_skipping(x, forced=half)
     # Masked execution costs the same at every share.
     runs["mask 50 %"] = lambda: model(x, mode="hard")
     return runs
@@ -123,13 +131,20 @@ def main() -> None:
             results[f"ratio_{_key(name)}_batch{batch}"] = round(ratio, 4)
             results[f"ratio_of_minima_{_key(name)}_batch{batch}"] = round(least / (min(times[BASELINE]) * 1e3), 4)
             results[f"ms_{_key(name)}_batch{batch}"] = round(median, 3)
+        for name in ("skip 50 %", "skip 50 % ordinary"):
+            pairs = zip(times[name], times[ORDINARY], strict=True)
+            ratio = statistics.median(a / b for a, b in pairs)
+            print(f"{name}, to {ORDINARY}: {ratio:.3f}")
+            results[f"ratio_{_key(name)}_batch{batch}_to_ordinary"] = round(ratio, 4)
     print(json.dumps(results))
 
 
 def _key(name: str) -> str:
-    """ "skip 50 %" -> "share50", "mask 50 %" -> "mask_share50"."""
-    kind, *rest = name.split()
-    return {"skip": "", "mask": "mask_"}[kind] + f"share{rest[0]}" if kind != "dense" else f"dense_{rest[0]}"
+    """ "skip 50 % ordinary" -> "share50_ordinary", "mask 50 %" -> "mask_share50"."""
+    kind, share, *rest = name.replace(" %", "").split()
+    if kind == "dense":
+        return f"dense_{share}"
+    return "_".join([*(["mask"] if kind == "mask" else []), f"share{share}", *rest])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Every block runs on the images that execute it and on no other. The result is that of masked execution in mode "hard".
 """
 
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -165,7 +164,7 @@ class _FeedForwardWalk:
 class _FoldedRecurrentGate:
     """Weights of a `RecurrentGate` with everything that is linear multiplied out.
 
-    Pooling, projection and the LSTM's input matrix become one matrix per position, which acts on the rows
+    Pooling, projection and the LSTM's input matrix become one matrix per position, which acts on the columns
     [2h, 1, pooled]. With sigmoid(z) = (1 + tanh(z/2)) / 2 the four parts of the LSTM take one tanh; the halves are
     in the weights. In float64, rounded once.
     """
@@ -177,7 +176,7 @@ class _FoldedRecurrentGate:
 
         hidden = gate.cell.hidden_size
         parts = np.arange(4 * hidden).reshape(4, hidden)
-        order = parts[[0, 1, 3, 2]].reshape(-1)  # PyTorch's input, forget, cell, output -> input, forget, output, cell
+        order = parts[[3, 0, 1, 2]].reshape(-1)  # PyTorch's input, forget, cell, output -> output, input, forget, cell
         halves = np.where(np.arange(4 * hidden) < 3 * hidden, 0.5, 1.0)
         w_input, w_hidden = (array(w)[order].T * halves for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = (array(gate.cell.bias_ih) + array(gate.cell.bias_hh))[order] * halves
@@ -187,7 +186,8 @@ class _FoldedRecurrentGate:
             assert isinstance(projection, nn.Linear)
             constant = bias + array(projection.bias) @ w_input
             pooled = array(projection.weight).T @ w_input
-            self.weights.append(np.concatenate([w_hidden / 2, constant[None], pooled]).astype(np.float32))
+            rows = np.concatenate([w_hidden / 2, constant[None], pooled])
+            self.weights.append(np.ascontiguousarray(rows.T, dtype=np.float32))
         self.output = np.concatenate([array(gate.output.weight)[0] / 2, array(gate.output.bias)]).astype(np.float32)
 
 
@@ -200,63 +200,73 @@ class _RecurrentWalk:
     def __init__(self, gate: _FoldedRecurrentGate, count: int):
         hidden = gate.hidden
         self.gate, self.count = gate, count
-        self.inputs = np.zeros((count, hidden + 1), dtype=np.float32)
-        self.inputs[:, hidden] = 1
-        self.cell = np.zeros((count, hidden), dtype=np.float32)
-        self.tanh_cell = np.empty_like(self.cell)
-        self.parts = np.empty((count, 4 * hidden), dtype=np.float32)
-        self.sigmoids = self.parts[:, : 3 * hidden]
-        self.parts_of = [self.parts[:, i * hidden : (i + 1) * hidden] for i in range(4)]
+        self.inputs = np.zeros((hidden + 1, count), dtype=np.float32)
+        self.inputs[hidden] = 1
+        # One block of memory, so that one product serves input * candidate and forget * cell.
+        memory = np.zeros((5 * hidden, count), dtype=np.float32)
+        self.parts, self.sigmoids = memory[: 4 * hidden], memory[: 3 * hidden]
+        self.output, self.entering = memory[:hidden], memory[hidden : 3 * hidden]
+        self.entered, self.cell = memory[3 * hidden :], memory[4 * hidden :]
+        self.products = np.empty((2 * hidden, count), dtype=np.float32)
+        self.addends = self.products[:hidden], self.products[hidden:]
+        self.tanh_cell = np.empty((hidden, count), dtype=np.float32)
+        self.pooling = _Pooling()
         self._slice_inputs()
 
     def _slice_inputs(self) -> None:
         hidden = self.gate.hidden
-        self.hidden_state, self.state = self.inputs[:, :hidden], self.inputs[:, : hidden + 1]
-        self.pooled = self.inputs[:, hidden + 1 :]
+        self.hidden_state, self.state = self.inputs[:hidden], self.inputs[: hidden + 1]
+        self.pooled = self.inputs[hidden + 1 :]
 
     def observe(self, images: Images, features: Tensor) -> None:
-        pooled = _global_average(features)
+        pooled = self.pooling(features).T
         if len(images) < self.count:
-            self.pooled[images] = pooled
+            self.pooled[:, images] = pooled
         elif pooled.shape == self.pooled.shape:
             self.pooled[:] = pooled
         else:
-            self.inputs = np.concatenate([self.state, pooled], 1)
+            self.inputs = np.concatenate([self.state, pooled])
             self._slice_inputs()
 
     def logits(self, position: int, rows: FeatureRows) -> Floats:
-        cell = self.cell
-        np.dot(self.inputs, self.gate.weights[position], out=self.parts)
+        np.dot(self.gate.weights[position], self.inputs, out=self.parts)
         np.tanh(self.parts, out=self.parts)
         self.sigmoids += 1  # twice the sigmoids
-        enter, forget, leave, candidate = self.parts_of
-        cell *= forget
-        enter *= candidate
-        cell += enter
-        cell *= 0.5
-        np.tanh(cell, out=self.tanh_cell)
-        np.multiply(leave, self.tanh_cell, out=self.hidden_state)  # twice the hidden state
-        logits: Floats = np.dot(self.state, self.gate.output)
+        np.multiply(self.entering, self.entered, out=self.products)
+        np.add(*self.addends, out=self.cell)
+        self.cell *= 0.5
+        np.tanh(self.cell, out=self.tanh_cell)
+        np.multiply(self.output, self.tanh_cell, out=self.hidden_state)  # twice the hidden state
+        logits: Floats = np.dot(self.gate.output, self.state)
         return logits
 
 
-def _global_average(features: Tensor) -> Floats:
+class _Pooling:
     """Mean over height and width of channels-last features (n, C, H, W), (n, C)."""
-    size = features.shape[2] * features.shape[3]
-    if len(features) == 1 and features.device.type == "cpu" and features.dtype == torch.float32:
-        # A product with a constant row, without PyTorch's threads: a third of the time on one small image.
-        rows: Floats = features.permute(0, 2, 3, 1).reshape(size, -1).numpy()
-        average: Floats = np.dot(_average_row(size), rows)
+
+    BLAS_THREADS = 9216  # elements from which OpenBLAS starts threads, which then take the cores from PyTorch's
+
+    def __init__(self) -> None:
+        self.seen: Tensor | None = None
+
+    def __call__(self, features: Tensor) -> Floats:
+        size = features.shape[2] * features.shape[3]
+        if len(features) != 1 or features.device.type != "cpu" or features.dtype != torch.float32:
+            # Not mean(): its division is one more operator, on a small array.
+            pooled: Floats = features.sum((2, 3), dtype=torch.float32).cpu().numpy()
+            pooled *= 1 / size
+            return pooled
+        # One image: products with a constant row, without PyTorch's operators. Blocks work in place, so that the
+        # features are mostly the same memory as before.
+        if features is not self.seen:
+            self.seen = features
+            rows = features.permute(0, 2, 3, 1).reshape(size, -1).numpy()
+            self.chunks = np.array_split(rows, -(-rows.size // self.BLAS_THREADS))
+            self.weights = [np.full((1, len(chunk)), 1 / size, dtype=np.float32) for chunk in self.chunks]
+        average = np.dot(self.weights[0], self.chunks[0])
+        for weights, chunk in zip(self.weights[1:], self.chunks[1:], strict=True):
+            average += np.dot(weights, chunk)
         return average
-    # Not mean(): its division is one more operator, on a small array.
-    pooled: Floats = features.sum((2, 3), dtype=torch.float32).cpu().numpy()
-    pooled *= 1 / size
-    return pooled
-
-
-@cache
-def _average_row(size: int) -> Floats:
-    return np.full((1, size), 1 / size, dtype=np.float32)
 
 
 def _check_budget(budget: Tensor | None, count: int) -> NDArray[np.float64] | None:
