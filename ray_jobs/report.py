@@ -157,15 +157,15 @@ def _sweep_section(sweep: Path) -> str:
         ]
         for trial in front["trials"]
     ]
-    if front["reference"]:
-        rows.append(["reference", "", *("" for _ in params), *(front["reference"].get(name) for name in objectives)])
+    for reference, row in front["references"].items():
+        rows.append([reference, "", *("" for _ in params), *(row.get(name) for name in objectives)])
     chosen = next((n for n, trial in enumerate(front["trials"]) if trial["number"] == front["chosen"]), None)
     picture = sweep / "front.png"
     return (
         f"<h2>Sweep {html.escape(sweep.name)}</h2>"
         + (_picture(picture, CAPTIONS["front"]) if picture.is_file() else "")
         + table(["", "state", *params, *objectives], rows, chosen)
-        + "<p>The marked trial is the cheapest within the tolerance of the reference.</p>"
+        + "<p>The marked trial is the cheapest within the tolerance of the best reference.</p>"
     )
 
 

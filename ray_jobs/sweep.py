@@ -8,7 +8,7 @@ from typing import Any, Literal
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.tune.search import Searcher
 
 from dataeff.core.config import Choice, Config, Range, nearest, parse_config, read_yaml
@@ -17,24 +17,36 @@ SWEEPS = Path(__file__).parent / "sweeps"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
-class Sweep(Config):
-    """A search, as written in `ray_jobs/sweeps/NAME.yaml`."""
+class Family(Config):
+    """What a sweep says about one method."""
 
     method: str
-    objectives: dict[str, Literal["maximize", "minimize"]] = Field(
-        min_length=1,
-        description="metrics of the last step and their directions; the first is the one a scheduler prunes by",
-    )
     space: dict[str, Any] = Field(description="settings to search: {low, high[, log][, integer]} or {choices}")
     set: dict[str, Any] = Field(default_factory=dict, description="settings that every trial has")
     shared: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="setting -> settings of a run trained once, whose artifact's path it takes"
     )
-    reference: dict[str, Any] | None = Field(
-        None, description="settings of a run to compare with, such as the base network"
+    references: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name -> settings of a run to compare with, such as the base network"
+    )
+
+
+class Sweep(Config):
+    """A search, as written in `ray_jobs/sweeps/NAME.yaml`: over the settings of one method, or over several families
+    (a method each) at once."""
+
+    method: str | None = None
+    space: dict[str, Any] = Field(default_factory=dict, description="see Family")
+    set: dict[str, Any] = Field(default_factory=dict, description="see Family")
+    shared: dict[str, dict[str, Any]] = Field(default_factory=dict, description="see Family")
+    references: dict[str, dict[str, Any]] = Field(default_factory=dict, description="see Family")
+    families: dict[str, Family] = Field(default_factory=dict, description="instead of the five fields above")
+    objectives: dict[str, Literal["maximize", "minimize"]] = Field(
+        min_length=1,
+        description="metrics of the last step and their directions; the first is the one a scheduler prunes by",
     )
     accuracy_tolerance: float = Field(
-        0.005, ge=0, le=1, description="how far below the reference a chosen trial may be"
+        0.005, ge=0, le=1, description="how far below the best reference a chosen trial may be"
     )
     sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
     scheduler: Literal["asha", "median"] | None = Field(None, description="stops poor trials early; one objective only")
@@ -46,9 +58,32 @@ class Sweep(Config):
     workers: int = Field(1, ge=1, description="workers of a trial (ray_train)")
     trials: int = Field(12, ge=1, description="how many, unless --trials says")
 
+    @model_validator(mode="after")
+    def _one_form(self) -> "Sweep":
+        own = self.method is not None
+        if own == bool(self.families):
+            raise ValueError("give either method and space, or families")
+        if self.families and (self.space or self.set or self.shared or self.references):
+            raise ValueError("space, set, shared and references belong into each of the families")
+        if self.families and self.sampler == "grid":
+            raise ValueError("sampler grid cannot search several families; use tpe, nsga2 or random")
+        return self
 
-def read_sweep(name_or_file: str, method: str) -> Sweep:
+    @property
+    def members(self) -> dict[str, Family]:
+        """Family -> its part of the sweep; a sweep of one method is one family of that name."""
+        if self.families:
+            return self.families
+        assert self.method is not None
+        own = {name: getattr(self, name) for name in ("method", "space", "set", "shared", "references")}
+        return {self.method: Family(**own)}
+
+
+def read_sweep(name_or_file: str, method: str | None) -> Sweep:
     """A shipped sweep by name, or one from a YAML file.
+
+    Args:
+        method: the method that the user named; None for a sweep of several families.
 
     Raises:
         ValueError: unknown name (lists the known ones), a wrong field, or a sweep of another method.
@@ -59,8 +94,11 @@ def read_sweep(name_or_file: str, method: str) -> Sweep:
     if name_or_file not in known and not is_file:
         raise ValueError(f"unknown sweep {name_or_file!r} ({nearest(name_or_file, known)})")
     sweep = parse_config(Sweep, read_yaml(known.get(name_or_file, name_or_file)), f"sweep {name_or_file}")
-    if sweep.method != method:
-        raise ValueError(f"sweep {name_or_file} is of method {sweep.method!r}, not {method!r}")
+    if method is not None and sweep.method != method:
+        whose = f"method {sweep.method!r}" if sweep.method else f"several families ({', '.join(sweep.families)})"
+        raise ValueError(
+            f"sweep {name_or_file} is of {whose}, not {method!r}; leave the method out or name the right one"
+        )
     if sweep.scheduler and len(sweep.objectives) > 1:
         raise ValueError(f"sweep {name_or_file}: a scheduler needs a single objective, found {len(sweep.objectives)}")
     return sweep
@@ -121,18 +159,20 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 
 
 class StudySearch(Searcher):
-    """Ray Tune's searcher over an Optuna study on disk.
+    """Ray Tune's searcher over an Optuna study on disk; `spaces` holds the settings of each family.
 
     Ray's own OptunaSearch keeps in memory which study trial belongs to which Tune trial, so a killed sweep leaves
     trials that nobody ends. Here the study is the only memory: trials that were running when the process died are
     handed out again first, with their number and parameters, and go on in their own folder.
     """
 
-    def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], objectives: dict[str, str]) -> None:
+    def __init__(
+        self, study: optuna.Study, spaces: dict[str, dict[str, BaseDistribution]], objectives: dict[str, str]
+    ) -> None:
         modes = ["max" if direction == "maximize" else "min" for direction in objectives.values()]
         super().__init__(metric=list(objectives), mode=modes)  # type: ignore[arg-type]  # lists are allowed
         self.study = study
-        self.space = space
+        self.spaces = spaces
         self.objectives = objectives
         self.interrupted = [trial.number for trial in study.get_trials(states=(TrialState.RUNNING,))]
         self.numbers: dict[str, int] = {}
@@ -143,13 +183,22 @@ class StudySearch(Searcher):
             if self.interrupted:
                 number = self.interrupted.pop(0)
                 trial = optuna.trial.Trial(self.study, self.study.trials[number]._trial_id)
-                # Stored parameters stay; a kill while the trial was made has left some out.
-                params = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
             else:
-                trial = self.study.ask(fixed_distributions=self.space)
-                number, params = trial.number, trial.params
-            self.numbers[trial_id] = number
-            return {"number": number, "params": params}
+                # Samplers that draw settings together must know them all; with families they depend on the family.
+                single = next(iter(self.spaces.values())) if len(self.spaces) == 1 else None
+                trial = self.study.ask(fixed_distributions=single)
+            self.numbers[trial_id] = trial.number
+            return {"number": trial.number, **self._draw(trial)}
+
+    def _draw(self, trial: optuna.trial.Trial) -> dict[str, Any]:
+        """A family and its settings; what the study has of them already (a kill may have left some out) stays."""
+        if len(self.spaces) == 1:
+            family, prefix = next(iter(self.spaces)), ""
+        else:
+            family = trial.suggest_categorical("family", list(self.spaces))
+            prefix = f"{family}."
+        space = self.spaces[family]
+        return {"family": family, "params": {name: trial._suggest(prefix + name, space[name]) for name in space}}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if len(self.objectives) == 1:

@@ -1,4 +1,4 @@
-"""python -m ray_jobs.tune METHOD --sweep NAME --data DATA --out DIR: a search on Ray Tune, remembered by Optuna."""
+"""python -m ray_jobs.tune [METHOD] --sweep NAME --data DATA --out DIR: a search on Ray Tune, remembered by Optuna."""
 
 import argparse
 import contextlib
@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
-from dataeff.core.config import Choice, Range, merge, parse_config, parse_space, unflatten
+from dataeff.core.config import (
+    Choice,
+    Range,
+    merge,
+    nearest,
+    parse_config,
+    parse_overrides,
+    parse_space,
+    unflatten,
+)
 from dataeff.core.plots import plot_scatter
 from dataeff.core.registry import METHODS, get_method
 from dataeff.core.run import METRICS, Row, RunDirectory, read_rows, replace_text, train
@@ -32,7 +41,9 @@ FRONT = "front.json"
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ray_jobs.tune", description=__doc__)
-    parser.add_argument("method", help=f"one of {', '.join(sorted(METHODS))}")
+    parser.add_argument(
+        "method", nargs="?", help=f"one of {', '.join(sorted(METHODS))}; left out for a sweep of several families"
+    )
     parser.add_argument("--sweep", required=True, help="a shipped sweep's name, or a YAML file")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
@@ -47,52 +58,99 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Search, and return the front: trials, Pareto set, reference and the chosen trial."""
     args = parse_arguments(arguments)
-    method = get_method(args.method)
     sweep = read_sweep(args.sweep, args.method)
-    settings = merge(read_settings(args.method, args.config, args.set, "gpu" if sweep.gpus else "cpu"), sweep.set)
-    # While a shared run's path is not known yet, the settings are checked as those of that run's own kind.
-    checkable = merge({name: str(args.out) for name in sweep.shared}, settings)
-    parse_config(method.config_schema, checkable, f"sweep {args.sweep}")
-    space = parse_space(method.config_schema, sweep.space, checkable, f"sweep {args.sweep}")
+    settings = _settings(sweep, args)
+    spaces = _spaces(sweep, settings, args)
     trials = args.trials or sweep.trials
     if trials < 1:
         raise ValueError(f"--trials {trials}: must be at least 1")
     data = absolute_spec(args.data)
     open_splits(data)
     identity = {"sweep": sweep.model_dump(mode="json"), "settings": settings}
-    folder = RunDirectory(args.out, f"tune:{args.method}", data, identity, args.resume, args.overwrite)
+    name = f"tune:{sweep.method or args.sweep}"
+    folder = RunDirectory(args.out, name, data, identity, args.resume, args.overwrite)
     out = folder.path.absolute()
 
     connect()
     require(sweep.cpus * sweep.workers, sweep.gpus * sweep.workers)
-    for name, changes in sweep.shared.items():
-        if name not in settings:
-            settings = merge(settings, {name: _train_once(sweep, name, merge(settings, changes), data, out)})
-    reference = None
+    references = _train_references(sweep, settings, data, out)
     if args.reference is not None:
-        reference = _last_row(args.reference)
-    elif sweep.reference is not None:
-        own = {key: value for key, value in settings.items() if key not in sweep.shared}
-        _train_once(sweep, "reference", merge(own, sweep.reference), data, out)
-        reference = _last_row(out / "shared" / "reference")
-    _search(sweep, space, settings, data, out, trials)
-    front = write_front(sweep, out, reference)
+        references = {"reference": _last_row(args.reference)}
+    for family, member in sweep.members.items():
+        for name, changes in member.shared.items():
+            if name not in settings[family]:
+                where = out / "shared" / _shared_name(sweep, family, name)
+                own = {key: value for key, value in merge(settings[family], changes).items() if key != name}
+                _train_once(sweep, member.method, own, data, where)
+                settings[family] = merge(settings[family], {name: str(where / "artifact")})
+    _search(sweep, spaces, settings, data, out, trials)
+    front = write_front(sweep, out, references)
     _print_front(front, out)
     return front
 
 
-def _train_once(sweep: Sweep, name: str, settings: dict[str, Any], data: str, out: Path) -> str:
-    """Train a run that the trials share, on the cluster; the path of its artifact."""
-    settings = {key: value for key, value in settings.items() if key != name}
-    folder = out / "shared" / name
-    print(f"training {name} ...", file=sys.stderr, flush=True)
+def _settings(sweep: Sweep, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Family -> settings that all its trials have: preset or file, `--set`, then the sweep's own."""
+    preset = "gpu" if sweep.gpus else "cpu"
+    if not sweep.families:
+        assert sweep.method is not None
+        own = read_settings(sweep.method, args.config, args.set, preset)
+        return {sweep.method: merge(own, sweep.set)}
+    if args.config:
+        raise ValueError("--config is for a sweep of one method; use --set FAMILY.KEY=VALUE")
+    changes = parse_overrides(args.set)
+    unknown = [name for name in changes if name not in sweep.families]
+    if unknown:
+        raise ValueError(f"--set {unknown[0]}: begins with no family ({nearest(unknown[0], sweep.families)})")
+    return {
+        family: merge(merge(read_settings(member.method, None, [], preset), changes.get(family, {})), member.set)
+        for family, member in sweep.families.items()
+    }
+
+
+def _spaces(
+    sweep: Sweep, settings: dict[str, dict[str, Any]], args: argparse.Namespace
+) -> dict[str, dict[str, Range | Choice]]:
+    """Family -> its checked search space; every setting of the sweep is checked before anything is trained."""
+    spaces = {}
+    for family, member in sweep.members.items():
+        where = f"sweep {args.sweep}" + (f", family {family}" if sweep.families else "")
+        schema = get_method(member.method).config_schema
+        # While a shared run's path is not known yet, the settings are checked as those of that run's own kind.
+        checkable = merge({name: str(args.out) for name in member.shared}, settings[family])
+        parse_config(schema, checkable, where)
+        for name, changes in member.references.items():
+            own = {key: value for key, value in settings[family].items() if key not in member.shared}
+            parse_config(schema, merge(own, changes), f"{where}, reference {name}")
+        spaces[family] = parse_space(schema, member.space, checkable, where)
+    return spaces
+
+
+def _train_references(sweep: Sweep, settings: dict[str, dict[str, Any]], data: str, out: Path) -> dict[str, Row]:
+    """The last row of each run that the sweep is compared with."""
+    rows = {}
+    for family, member in sweep.members.items():
+        own = {key: value for key, value in settings[family].items() if key not in member.shared}
+        for name, changes in member.references.items():
+            folder = out / "shared" / _shared_name(sweep, family, name)
+            _train_once(sweep, member.method, merge(own, changes), data, folder)
+            rows[name] = _last_row(folder)
+    return rows
+
+
+def _shared_name(sweep: Sweep, family: str, name: str) -> str:
+    return f"{family}-{name}" if sweep.families else name
+
+
+def _train_once(sweep: Sweep, method: str, settings: dict[str, Any], data: str, folder: Path) -> None:
+    """Train a run that the trials share, on the cluster, unless it is there already."""
+    print(f"training {folder.name} ...", file=sys.stderr, flush=True)
     cpus = int(ray.cluster_resources().get("CPU", 1)) if len(ray.nodes()) == 1 else sweep.cpus
     task = ray.remote(num_cpus=cpus, num_gpus=sweep.gpus)(_run_silently)
     try:
-        ray.get(task.remote(sweep.method, data, str(folder), settings))
+        ray.get(task.remote(method, data, str(folder), settings))
     except ray.exceptions.RayTaskError as error:
-        raise UserError(f"{name}: {error.cause}") from None
-    return str(folder / "artifact")
+        raise UserError(f"{folder.name}: {error.cause}") from None
 
 
 def _run_silently(method: str, data: str, out: str, settings: dict[str, Any]) -> None:
@@ -102,10 +160,11 @@ def _run_silently(method: str, data: str, out: str, settings: dict[str, Any]) ->
 def run_trial(options: dict[str, Any], setup: dict[str, Any]) -> None:
     """One trial, in a Tune worker; it goes on where an interrupted one stopped."""
     sweep = Sweep(**setup["sweep"])
-    settings = merge(setup["settings"], unflatten(options["params"]))
+    method = sweep.members[options["family"]].method
+    settings = merge(setup["settings"][options["family"]], unflatten(options["params"]))
     out = Path(setup["out"]) / "trials" / f"{options['number']:04d}"
     if sweep.trial == "ray_train":
-        _run_trial_on_ray_train(sweep, settings, setup["data"], out)
+        _run_trial_on_ray_train(sweep, method, settings, setup["data"], out)
         return
 
     def report(row: Row, total: int) -> None:
@@ -116,18 +175,18 @@ def run_trial(options: dict[str, Any], setup: dict[str, Any]) -> None:
         row = _last_row(out)
         report(row, int(row["step"]))
         return
-    train(sweep.method, setup["data"], out, settings, runtime, resume=True, report=report)
+    train(method, setup["data"], out, settings, runtime, resume=True, report=report)
 
 
-def _run_trial_on_ray_train(sweep: Sweep, settings: dict[str, Any], data: str, out: Path) -> None:
-    config = parse_config(get_method(sweep.method).config_schema, settings).model_dump(mode="json")
-    folder = RunDirectory(out, sweep.method, data, config, resume=True)
+def _run_trial_on_ray_train(sweep: Sweep, method: str, settings: dict[str, Any], data: str, out: Path) -> None:
+    config = parse_config(get_method(method).config_schema, settings).model_dump(mode="json")
+    folder = RunDirectory(out, method, data, config, resume=True)
     if folder.finished:
         row = _last_row(out)
         tune.report({**row, "total_steps": row["step"]})
         return
     job = Job(
-        method=sweep.method,
+        method=method,
         data=data,
         config=config,
         runtime=RuntimeConfig().model_dump(),
@@ -141,9 +200,15 @@ def _run_trial_on_ray_train(sweep: Sweep, settings: dict[str, Any], data: str, o
 
 
 def _search(
-    sweep: Sweep, space: dict[str, Range | Choice], settings: dict[str, Any], data: str, out: Path, trials: int
+    sweep: Sweep,
+    spaces: dict[str, dict[str, Range | Choice]],
+    settings: dict[str, dict[str, Any]],
+    data: str,
+    out: Path,
+    trials: int,
 ) -> None:
-    study = open_study(out, sweep, make_sampler(sweep.sampler, space, int(settings.get("seed", 0))))
+    first = next(iter(spaces))
+    study = open_study(out, sweep, make_sampler(sweep.sampler, spaces[first], int(settings[first].get("seed", 0))))
     remaining = trials - len(ended(study))
     if remaining <= 0:
         return
@@ -155,7 +220,8 @@ def _search(
     concurrent = max(1, int(ray.cluster_resources().get("CPU", 1)) // share)
     if sweep.gpus:
         concurrent = max(1, int(ray.cluster_resources().get("GPU", 0) / (sweep.gpus * sweep.workers)))
-    search = StudySearch(study, distributions(space), dict(sweep.objectives))
+    found = {family: distributions(space) for family, space in spaces.items()}
+    search = StudySearch(study, found, dict(sweep.objectives))
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, setup=setup), own),
         tune_config=tune.TuneConfig(
@@ -193,6 +259,7 @@ class TrialProgress(tune.Callback):
 
     def __init__(self, search: StudySearch, total: int, objectives: Sequence[str]) -> None:
         self.study = search.study
+        self.several = len(search.spaces) > 1
         self.total = total
         self.objectives = objectives
         self.started = time.perf_counter()
@@ -212,6 +279,8 @@ class TrialProgress(tune.Callback):
             f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in trial.config["params"].items()
         )
+        if self.several:
+            params = f"{trial.config['family']}  {params}"
         left = (time.perf_counter() - self.started) / max(1, done - self.done_before) * max(0, self.total - done)
         clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
         print(f"trial {done}/{self.total}  {params}  ->  {values}  {clock}", file=sys.stderr, flush=True)
@@ -221,21 +290,23 @@ def _last_row(folder: Path) -> Row:
     return read_rows(folder / METRICS)[-1]
 
 
-def write_front(sweep: Sweep, out: Path, reference: Row | None) -> dict[str, Any]:
+def write_front(sweep: Sweep, out: Path, references: Mapping[str, Row]) -> dict[str, Any]:
     """Write `front.json` and `front.png`, and return what they show.
 
     The chosen trial is the cheapest whose first objective (an accuracy) is at most `accuracy_tolerance` below the
-    reference (spec skipnet section 5); without a reference, or when none is that good, the best in
-    the first objective.
+    best reference (spec skipnet section 5); without a reference, or when none is that good, the best in the first
+    objective.
     """
     study = open_study(out, sweep, make_sampler("random", {}, 0))
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     best = {trial.number for trial in study.best_trials} if complete else set()
     names = list(sweep.objectives)
-    chosen = choose(sweep, complete, reference)
+    chosen = choose(sweep, complete, references)
     front = {
         "objectives": dict(sweep.objectives),
-        "reference": {name: reference[name] for name in names if name in reference} if reference else None,
+        "references": {
+            reference: {name: row[name] for name in names if name in row} for reference, row in references.items()
+        },
         "trials": [
             {
                 "number": trial.number,
@@ -251,30 +322,46 @@ def write_front(sweep: Sweep, out: Path, reference: Row | None) -> dict[str, Any
     }
     replace_text(out / FRONT, json.dumps(front, indent=2) + "\n")
     if len(names) == 2 and complete:
-        points = {trial.number: (trial.values[1], trial.values[0]) for trial in complete}
-        series = {
-            "trials": [point for number, point in points.items() if number not in best],
-            "Pareto front": [points[number] for number in sorted(best)],
-        }
-        if front["reference"]:
-            series["reference"] = [(reference[names[1]], reference[names[0]])] if reference else []
-        if chosen is not None:
-            series["chosen"] = [points[chosen.number]]
-        plot_scatter({k: v for k, v in series.items() if v}, out / "front.png", names[1], names[0], ["Pareto front"])
+        _plot_front(sweep, complete, best, chosen, references, out / "front.png")
     return front
 
 
-def choose(sweep: Sweep, complete: list[FrozenTrial], reference: Row | None) -> FrozenTrial | None:
+def _plot_front(
+    sweep: Sweep,
+    complete: Sequence[FrozenTrial],
+    best: set[int],
+    chosen: FrozenTrial | None,
+    references: Mapping[str, Row],
+    path: Path,
+) -> None:
+    """The second objective across, the first one upwards; with several families, the trials of each in its colour."""
+    accuracy, cost = sweep.objectives
+    points = {trial.number: (trial.values[1], trial.values[0]) for trial in complete}
+    series: dict[str, list[tuple[float, float]]] = {}
+    for trial in complete:
+        if sweep.families or trial.number not in best:
+            series.setdefault(trial.params.get("family", "trials"), []).append(points[trial.number])
+    series["Pareto front"] = sorted(points[number] for number in best)
+    rows = [row for row in references.values() if accuracy in row and cost in row]
+    if rows:
+        series["references"] = sorted((row[cost], row[accuracy]) for row in rows)
+    if chosen is not None:
+        series["chosen"] = [points[chosen.number]]
+    plot_scatter(series, path, cost, accuracy, ["Pareto front"])
+
+
+def choose(sweep: Sweep, complete: Sequence[FrozenTrial], references: Mapping[str, Row]) -> FrozenTrial | None:
     """The trial that the rule of `write_front` picks."""
     if not complete:
         return None
     signs = [1 if direction == "maximize" else -1 for direction in sweep.objectives.values()]
+    first = next(iter(sweep.objectives))
 
     def gain(trial: FrozenTrial, objective: int) -> float:
         return signs[objective] * float(trial.values[objective])
 
-    if reference is not None and len(signs) > 1:
-        floor = signs[0] * reference[next(iter(sweep.objectives))] - sweep.accuracy_tolerance
+    if references and len(signs) > 1:
+        floor = max(signs[0] * row[first] for row in references.values()) - sweep.accuracy_tolerance
         good = [trial for trial in complete if gain(trial, 0) >= floor]
         if good:
             return max(good, key=lambda trial: gain(trial, 1))
@@ -282,12 +369,13 @@ def choose(sweep: Sweep, complete: list[FrozenTrial], reference: Row | None) -> 
 
 
 def _print_front(front: dict[str, Any], out: Path) -> None:
-    if front["reference"]:
-        print("reference  " + "  ".join(f"{key} {value:.4g}" for key, value in front["reference"].items()))
+    for reference, row in front["references"].items():
+        print(f"{reference}  " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     for trial in front["trials"]:
         marks = ("*" if trial["pareto"] else " ") + (" chosen" if trial["number"] == front["chosen"] else "")
         values = "  ".join(f"{key} {value:.4g}" for key, value in trial["values"].items())
-        print(f"trial {trial['number']:3d}  {trial['state']:9s} {values} {marks}")
+        family = f"{trial['params']['family']:10s} " if "family" in trial["params"] else ""
+        print(f"trial {trial['number']:3d}  {family}{trial['state']:9s} {values} {marks}")
     print(f"front: {out / FRONT}, {out / 'front.png'}; study: optuna-dashboard sqlite:///{out / 'study.db'}")
 
 

@@ -19,7 +19,7 @@ def test_the_page_shows_runs_sweeps_and_claims_and_needs_no_other_file(tmp_path:
         dataeff.train("skipnet", "digits", tmp_path / name, {**TINY, "arm": arm}, report=lambda row, total: None)
     front = {
         "objectives": {"val_accuracy": "maximize", "val_macs": "minimize"},
-        "reference": {"val_accuracy": 0.9, "val_macs": 123456.0},
+        "references": {"base": {"val_accuracy": 0.9, "val_macs": 123456.0}},
         "trials": [
             {"number": 0, "state": "complete", "params": {"alpha": 0.5}, "values": {"val_accuracy": 0.876}}
             | {"pareto": True}

@@ -46,6 +46,8 @@ def test_the_shipped_sweep_is_read_by_name() -> None:
         ({"spaces": {}}, "did you mean 'space'"),
         ({"scheduler": "asha"}, "single objective, found 2"),
         ({"method": "deepmoe"}, "'deepmoe', not 'skipnet'"),
+        ({"method": None}, "either method and space, or families"),
+        ({"families": {"a": {"method": "skipnet", "space": {}}}}, "either method and space, or families"),
         ({"cpus": 0}, ">= 1"),
     ],
 )
@@ -76,7 +78,7 @@ def study_in(folder: Path, objectives: dict[str, str] = TWO) -> optuna.Study:
 
 
 def search_in(folder: Path, objectives: dict[str, str] = TWO) -> StudySearch:
-    return StudySearch(study_in(folder, objectives), dict(SPACE), objectives)
+    return StudySearch(study_in(folder, objectives), {"skipnet": dict(SPACE)}, objectives)
 
 
 def result(step: int = 20, **values: float) -> dict[str, Any]:
@@ -130,6 +132,32 @@ def test_trials_end_complete_pruned_or_failed_as_they_ended(tmp_path: Path) -> N
     assert trials[0].intermediate_values == {10: 0.25, 20: 0.75}
 
 
+def test_several_families_are_searched_each_by_its_own_settings(tmp_path: Path) -> None:
+    spaces = {"a": dict(SPACE), "b": {"lr": FloatDistribution(0.1, 0.2)}}
+
+    def search() -> StudySearch:
+        return StudySearch(study_in(tmp_path), spaces, TWO)
+
+    first = search()
+    suggested = [first.suggest(str(number)) for number in range(12)]
+    assert {(options["family"], *options["params"]) for options in suggested} == {("a", "alpha"), ("b", "lr")}
+    assert search().suggest("again") == suggested[0]
+
+
+def test_a_sweep_of_several_families_keeps_their_settings_in_the_families(tmp_path: Path) -> None:
+    families = {"skipnet": {"method": "skipnet", "space": {"alpha": {"low": 0, "high": 4}}}}
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        yaml.safe_dump({"objectives": TWO, "families": families, "space": {"alpha": {"low": 0, "high": 1}}})
+    )
+    with pytest.raises(ValueError, match="belong into each of the families"):
+        read_sweep(str(file), None)
+    file.write_text(yaml.safe_dump({"objectives": TWO, "families": families}))
+    assert list(read_sweep(str(file), None).members) == ["skipnet"]
+    with pytest.raises(ValueError, match=r"several families \(skipnet\), not 'skipnet'"):
+        read_sweep(str(file), "skipnet")
+
+
 # --- the front ------------------------------------------------------------------------------------------------------
 
 
@@ -143,20 +171,20 @@ def trials_of(*values: tuple[float, float]) -> list[FrozenTrial]:
 def test_the_cheapest_trial_within_the_tolerance_of_the_reference_is_chosen() -> None:
     trials = trials_of((0.95, 900), (0.946, 500), (0.944, 100), (0.97, 990))
     reference = {"val_accuracy": 0.95, "val_macs": 1000.0}
-    assert choose(sweep(), trials, reference) is trials[1]
-    assert choose(sweep(accuracy_tolerance=0.01), trials, reference) is trials[2]
+    assert choose(sweep(), trials, {"base": reference}) is trials[1]
+    assert choose(sweep(accuracy_tolerance=0.01), trials, {"base": reference}) is trials[2]
 
 
 def test_the_best_trial_is_chosen_without_a_reference_or_when_none_is_good_enough() -> None:
     trials = trials_of((0.80, 10), (0.90, 900), (0.85, 20))
-    assert choose(sweep(), trials, None) is trials[1]
-    assert choose(sweep(), trials, {"val_accuracy": 0.99, "val_macs": 1000.0}) is trials[1]
-    assert choose(sweep(), [], None) is None
+    assert choose(sweep(), trials, {}) is trials[1]
+    assert choose(sweep(), trials, {"base": {"val_accuracy": 0.99, "val_macs": 1000.0}}) is trials[1]
+    assert choose(sweep(), [], {}) is None
 
 
 def test_a_single_objective_is_chosen_in_its_direction() -> None:
     trials = [create_trial(value=value) for value in (3.0, 1.0, 2.0)]
-    assert choose(sweep(objectives={"val_loss": "minimize"}), trials, None) is trials[1]
+    assert choose(sweep(objectives={"val_loss": "minimize"}), trials, {}) is trials[1]
 
 
 def test_the_front_lists_every_trial_and_marks_the_pareto_set(tmp_path: Path) -> None:
@@ -165,12 +193,12 @@ def test_the_front_lists_every_trial_and_marks_the_pareto_set(tmp_path: Path) ->
         search.suggest(name)
         search.on_trial_complete(name, result(val_accuracy=accuracy, val_macs=macs))
     search.suggest("d")
-    front = write_front(sweep(), tmp_path, {"val_accuracy": 0.9, "val_macs": 1000.0, "step": 20})
+    front = write_front(sweep(), tmp_path, {"base": {"val_accuracy": 0.9, "val_macs": 1000.0, "step": 20}})
     assert front == json.loads((tmp_path / "front.json").read_text())
     assert [trial["pareto"] for trial in front["trials"]] == [True, False, True, False]
     assert [trial["state"] for trial in front["trials"]] == ["complete"] * 3 + ["running"]
     assert front["trials"][0]["values"] == {"val_accuracy": 0.9, "val_macs": 500.0}
-    assert front["reference"] == {"val_accuracy": 0.9, "val_macs": 1000.0}
+    assert front["references"] == {"base": {"val_accuracy": 0.9, "val_macs": 1000.0}}
     assert (front["chosen"], front["artifact"]) == (0, "trials/0000/artifact")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
@@ -198,7 +226,7 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
         tmp_path / "sweep.yaml",
         sampler="nsga2",
         shared={"start_from": {"arm": "sp"}},
-        reference={"arm": "base", "gate": "none"},
+        references={"base": {"arm": "base", "gate": "none"}},
         set=TINY_TRIAL,
         trials=4,
     )
@@ -224,7 +252,7 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
     assert {number: trials[number].params for number in params} == params
     front = json.loads((out / "front.json").read_text())
-    assert front["reference"].keys() == TWO.keys()
+    assert front["references"]["base"].keys() == TWO.keys()
     assert (out / front["artifact"] / "model.safetensors").is_file()
 
 
