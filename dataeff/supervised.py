@@ -22,7 +22,7 @@ from dataeff.core.artifact import Card, save_artifact, versions
 from dataeff.core.config import Config, ExperimentConfig
 from dataeff.core.experiment import Experiment
 from dataeff.core.runtime import Runtime
-from dataeff.data import Augment, Batch, ImageSource, Preprocess, TrainStream, eval_batches, open_splits
+from dataeff.data import Augment, Batch, ImageSource, Preprocess, Splits, TrainStream, eval_batches, open_splits
 from dataeff.metrics.cost import parameters
 
 MAX_BAD_STEPS = 10
@@ -97,12 +97,13 @@ class SupervisedExperiment(Experiment):
         super().__init__(config, data, runtime)
         assert isinstance(config, SupervisedConfig)
         self.config = config
-        self.splits = open_splits(data)
+        self.splits = self.open_data(data)
         if not len(self.splits.val):
             raise ValueError(f"{data}: no validation images; leave val=0 out, or give more images")
-        self.preprocess = Preprocess.fit(self.splits.train)
+        self.preprocess = self.fit_preprocess()
         self.num_classes = len(self.splits.classes)
-        self.in_channels, self.height, self.width = self.splits.image_shape
+        self.in_channels = self.splits.image_shape[0]
+        self.height, self.width = self.preprocess.size
         self.model = self.build_model()
         runtime.place(self.model)
         self.stages = list(self.stage_settings())
@@ -138,6 +139,25 @@ class SupervisedExperiment(Experiment):
     def answer(self, batch: Batch) -> Answers:
         """Answers in evaluation mode, without gradient."""
 
+    def open_data(self, data: str) -> Splits:
+        """The splits that are trained and evaluated on."""
+        return open_splits(data)
+
+    def fit_preprocess(self) -> Preprocess:
+        """How images become the network's input."""
+        return Preprocess.fit(self.splits.train)
+
+    def build_optimizer(self, stage: int) -> torch.optim.Optimizer:
+        """The optimiser of a stage; its learning rate is set anew for every mini-batch."""
+        settings = self.stages[stage]
+        return torch.optim.SGD(
+            self.parameter_groups(stage),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=settings.weight_decay,
+        )
+
     def begin_stage(self, stage: int) -> None:
         """A stage starts; not called when a run goes on within it."""
 
@@ -164,6 +184,10 @@ class SupervisedExperiment(Experiment):
     def train_source(self, stage: int) -> ImageSource:
         """The images that a stage trains on."""
         return self.splits.train
+
+    def served_parameters(self) -> int:
+        """Trainable scalars of the network that the artifact serves."""
+        return parameters(self.model)
 
     def extra_metrics(self) -> dict[str, float]:
         """Further numbers of a step, equal on every worker."""
@@ -244,18 +268,11 @@ class SupervisedExperiment(Experiment):
             self.stream = None
 
     def _make_optimizer(self, stage: int) -> None:
-        settings = self.stages[stage]
         self._close_stream()
         self.prepare_stage(stage)
         self.network = self.runtime.wrap_model(self.model)
         self.optimizer_stage = stage
-        self.optimizer = torch.optim.SGD(
-            self.parameter_groups(stage),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = self.build_optimizer(stage)
 
     def _train_batch(self, batch: Batch, stage: int, iteration: int) -> dict[str, Tensor]:
         """One mini-batch; its loss and what else the method reports, without gradient."""
@@ -384,10 +401,10 @@ class SupervisedExperiment(Experiment):
         card = Card(
             method=self.method,
             classes=list(self.splits.classes),
-            input_shape=self.splits.image_shape,
+            input_shape=(self.in_channels, self.height, self.width),
             preprocess=self.preprocess.to_dict(),
             metrics={f"test_{name}": value for name, value in metrics.items()},
-            cost={"macs": metrics["macs"], "full_macs": self.full_macs(), "params": parameters(self.model)},
+            cost={"macs": metrics["macs"], "full_macs": self.full_macs(), "params": self.served_parameters()},
             data={"name": self.splits.name, "fingerprint": self.splits.fingerprint},
             versions=versions(),
         )

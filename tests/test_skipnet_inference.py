@@ -305,7 +305,7 @@ class StubPreprocess:
 
 @pytest.fixture
 def predictor(monkeypatch):
-    monkeypatch.setattr(predictor_module, "Preprocess", StubPreprocess)
+    monkeypatch.setattr("dataeff.nn.predictor.Preprocess", StubPreprocess)
 
     def make(arm, model):
         card = Card(
@@ -318,7 +318,7 @@ def predictor(monkeypatch):
             data={"name": "none", "fingerprint": ""},
             versions={},
         )
-        return predictor_module.SkipNetPredictor(model, arm, 0.5, card, "cpu")
+        return predictor_module.skipnet_predictor(model, arm, 0.5, card, "cpu")
 
     return make
 

@@ -18,6 +18,9 @@ class InferenceConv(Protocol):
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
         """Features (B, C, H, W) -> a new tensor (B, C', H', W')."""
 
+    def relu_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        """ReLU(conv(x)) * scale, a new tensor; `scale` (B, C', 1, 1) is not negative."""
+
     def add_relu_(self, x: Tensor, into: Tensor) -> None:
         """into = ReLU(conv(x) + into), in place; `into` is channels-last."""
 
@@ -47,7 +50,12 @@ def fold_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv:
     """The fastest available form of a convolution and its norm (BatchNorm folded, GroupNorm kept)."""
     if not isinstance(norm, nn.BatchNorm2d):
         return _PlainConv(conv, conv.weight.detach().clone(), None, norm)
-    weight, bias = fold_batch_norm(conv, norm)
+    return inference_conv(conv, *fold_batch_norm(conv, norm))
+
+
+def inference_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> InferenceConv:
+    """The fastest available form of a convolution of `conv`'s stride, padding, dilation and groups with these weights,
+    which may have other channel counts than `conv`."""
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):
         return _OneDnnConv(conv, weight, bias)
@@ -65,11 +73,17 @@ class _OneDnnConv:
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, None)
         self.bias = bias
         self.run = torch.ops.mkldnn._convolution_pointwise.default
+        self.run_binary = torch.ops.mkldnn._convolution_pointwise.binary
         self.run_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
 
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
         attribute = "relu" if relu else "none"
         result: Tensor = self.run(x, self.weight, self.bias, *self.geometry, attribute, [], "")
+        return result
+
+    def relu_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        # ReLU(z) * s = ReLU(z * s), since s is not negative.
+        result: Tensor = self.run_binary(x, scale, self.weight, self.bias, *self.geometry, "mul", None, "relu", [], "")
         return result
 
     def add_relu_(self, x: Tensor, into: Tensor) -> None:
@@ -89,6 +103,9 @@ class _PlainConv:
         if self.norm is not None:
             x = self.norm(x)
         return x.relu_() if relu else x
+
+    def relu_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self(x, relu=True).mul_(scale)
 
     def add_relu_(self, x: Tensor, into: Tensor) -> None:
         into.add_(self(x, relu=False)).relu_()

@@ -28,7 +28,8 @@ from dataeff.dynamic.skipnet.model import (
     build_skipnet,
     survival_probabilities,
 )
-from dataeff.dynamic.skipnet.predictor import SkipNetPredictor
+from dataeff.dynamic.skipnet.predictor import skipnet_predictor
+from dataeff.nn.backbone import BackboneConfig
 from dataeff.supervised import Answers, StageConfig, SupervisedConfig, SupervisedExperiment, mix
 
 
@@ -40,7 +41,7 @@ class Stage2Config(StageConfig):
     milestones: tuple[float, ...] = ()
 
 
-class SkipNetConfig(SupervisedConfig):
+class SkipNetConfig(SupervisedConfig, BackboneConfig):
     """Settings of SkipNet and its baselines (spec skipnet section 4)."""
 
     arm: Literal["hrl_sp", "sp", "base", "hrl_scratch", "rl", "soft", "gumbel", "sdv", "stochastic_depth"] = Field(
@@ -48,11 +49,6 @@ class SkipNetConfig(SupervisedConfig):
         description="hrl_sp: the full method; sp: stage 1 only; base: the ResNet; hrl_scratch: stage-2 loss, stage-1 "
         "schedule; rl: REINFORCE only; soft, gumbel: relaxed gates; sdv, stochastic_depth: random dropping",
     )
-    family: Literal["cifar", "imagenet"] = "cifar"
-    depth: int = Field(38, ge=8, description="6n+2 (38, 74, 110, 152) or, for imagenet, 34, 50, 101")
-    widths: tuple[int, ...] | None = Field(None, description="channels of the groups; None: 16, 32, 64 or 64 to 512")
-    norm: Literal["batch", "group"] = Field("batch", description="group: no batch statistics")
-    shortcut: Literal["projection", "pool_pad"] = "projection"
     gate: Gate = Field("rnn", description="rnn, ffgate1 (up to ~100 layers), ffgate2 (deeper), linear (control)")
     embed_dim: int = Field(10, ge=1, le=1024, description="input size of the RNN gate")
     hidden_dim: int = Field(10, ge=1, le=1024, description="state size of the RNN gate")
@@ -318,7 +314,7 @@ class SkipNetExperiment(SupervisedExperiment):
         config = parse_config(SkipNetConfig, artifact.config, "artifact config.yaml")
         model = build_network(config, len(artifact.card.classes), artifact.card.input_shape[0])
         model.load_state_dict(artifact.state)
-        return SkipNetPredictor(model, config.arm, config.keep, artifact.card, device)
+        return skipnet_predictor(model, config.arm, config.keep, artifact.card, device)
 
 
 def _stage1_weights(config: SkipNetConfig, classes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dataeff.dynamic.skipnet.model import SkipNet, SkipNetOutput
 from dataeff.nn.fold import FoldedResNet, channels_last, fold_conv
 from dataeff.nn.gates import FeedForwardGate, RecurrentGate
+from dataeff.nn.predictor import check_budget
 from dataeff.nn.sparse import FeatureRows, Images, Workspace
 
 Floats = NDArray[np.float32]
@@ -81,7 +82,8 @@ class SkipNetInference:
         network = self.network
         network.check_images(x)
         count = len(x)
-        allowed = _check_budget(budget, count)
+        check_budget(budget, count)
+        allowed = None if budget is None else budget.detach().double().cpu().numpy()
         decided = _check_forced(forced, count, self.num_gates)
         costs = self.costs(x.shape[2], x.shape[3])
         block_costs = costs.blocks.cpu().numpy()
@@ -263,22 +265,10 @@ class _Pooling:
             rows = features.permute(0, 2, 3, 1).reshape(size, -1).numpy()
             self.chunks = np.array_split(rows, -(-rows.size // self.BLAS_THREADS))
             self.weights = [np.full((1, len(chunk)), 1 / size, dtype=np.float32) for chunk in self.chunks]
-        average = np.dot(self.weights[0], self.chunks[0])
+        average: Floats = np.dot(self.weights[0], self.chunks[0])
         for weights, chunk in zip(self.weights[1:], self.chunks[1:], strict=True):
             average += np.dot(weights, chunk)
         return average
-
-
-def _check_budget(budget: Tensor | None, count: int) -> NDArray[np.float64] | None:
-    if budget is None:
-        return None
-    if budget.shape != (count,):
-        shape = tuple(budget.shape)
-        raise ValueError(f"budget needs one number of multiply-adds per image, ({count},), got shape {shape}")
-    if bool(torch.isnan(budget).any()):
-        raise ValueError("budget must be multiply-adds or inf for no limit, got NaN")
-    result: NDArray[np.float64] = budget.detach().double().cpu().numpy()
-    return result
 
 
 def _check_forced(forced: Tensor | None, count: int, num_gates: int) -> NDArray[np.bool_] | None:

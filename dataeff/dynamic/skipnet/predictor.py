@@ -1,22 +1,20 @@
 """Trained SkipNet and its baselines behind the `Predictor` protocol."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import PIL.Image
 import torch
 from torch import Tensor
 
-from dataeff.core.artifact import Card, Prediction
-from dataeff.data import Preprocess
+from dataeff.core.artifact import Card, Predictor
 from dataeff.dynamic.skipnet.inference import SkipNetInference
 from dataeff.dynamic.skipnet.model import SkipNet, SkipNetOutput, survival_probabilities
 from dataeff.nn.fold import FoldedResNet
+from dataeff.nn.predictor import Answer, NetworkPredictor
 
 DRAW_SEED = 0
-Answer = tuple[Tensor, Tensor, Tensor]
 
 
-class SkipNetPredictor:
+def skipnet_predictor(model: SkipNet, arm: str, keep: float, card: Card, device: str) -> Predictor:
     """Answers of one arm of the SkipNet experiment; see `dataeff.core.artifact.Predictor`.
 
     Gated arms really skip blocks, and spend at most `budget` multiply-adds on an image wherever the parts that cannot
@@ -31,39 +29,19 @@ class SkipNetPredictor:
         card: of the artifact.
         device: "cpu", "cuda", ...
     """
-
-    def __init__(self, model: SkipNet, arm: str, keep: float, card: Card, device: str):
-        self.card = card
-        self.input_shape = card.input_shape
-        self.device = torch.device(device)
-        self._preprocess = Preprocess.from_dict(card.preprocess)
-        model = model.to(self.device).eval()
-        self.path_names = [] if arm == "base" else [f"block {number}" for number in range(2, model.num_gates + 2)]
-        self._answer: Callable[[Tensor, Tensor | None], Answer]
-        if arm == "base":
-            self._answer = _dense(model)
-        elif arm == "sdv":
-            draws = torch.rand(model.num_gates, generator=torch.Generator().manual_seed(DRAW_SEED))
-            self._answer = _masked(model, "random", torch.tensor(keep), draws.to(self.device))
-        elif arm == "stochastic_depth":
-            self._answer = _masked(model, "expected", survival_probabilities(model.num_gates), None)
-        else:
-            self._answer = _skipping(model)
-
-    def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Images of any size to float32 (B, C, H, W), as in training."""
-        inputs: Tensor = self._preprocess.from_pil(images)
-        return inputs
-
-    def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction:
-        """Answer float32 (B, C, H, W); `budget` float64 (B,), multiply-adds allowed per image, inf for no limit.
-
-        Raises:
-            ValueError: for inputs of a wrong shape or with values that are not finite, or a budget of a wrong shape.
-        """
-        with torch.inference_mode():
-            logits, macs, path = self._answer(inputs.to(self.device), budget)
-            return Prediction(logits.float().softmax(1).cpu(), macs.cpu(), path.cpu())
+    model = model.to(device).eval()
+    path_names = [] if arm == "base" else [f"block {number}" for number in range(2, model.num_gates + 2)]
+    answer: Callable[[Tensor, Tensor | None], Answer]
+    if arm == "base":
+        answer = _dense(model)
+    elif arm == "sdv":
+        draws = torch.rand(model.num_gates, generator=torch.Generator().manual_seed(DRAW_SEED))
+        answer = _masked(model, "random", torch.tensor(keep), draws.to(device))
+    elif arm == "stochastic_depth":
+        answer = _masked(model, "expected", survival_probabilities(model.num_gates), None)
+    else:
+        answer = _skipping(model)
+    return NetworkPredictor(card, device, path_names, answer)
 
 
 def _dense(model: SkipNet) -> Callable[[Tensor, Tensor | None], Answer]:
