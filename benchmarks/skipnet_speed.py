@@ -6,7 +6,7 @@ public operators (convolution, addition, ReLU one after the other). Decisions ar
 block; the gates run all the same. All contestants take turns in every repeat; ratios are medians of the ratios within
 a repeat.
 
-    python benchmarks/skipnet_speed.py [--quick]
+    python -m benchmarks.skipnet_speed [--quick]
 
 Prints a table; the last line is one JSON object. Targets: ratio_share50_batch64 <= 0.55, ratio_share50_batch1 <= 0.65,
 ratio_share100_batch64 <= 1.06.
@@ -16,13 +16,12 @@ import argparse
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Contestant, measure, ratios, show
 from dataeff.dynamic.skipnet.inference import SkipNetInference
 from dataeff.dynamic.skipnet.model import SkipNet, build_skipnet
 from dataeff.nn.fold import FoldedResNet
@@ -30,7 +29,6 @@ from dataeff.nn.fold import FoldedResNet
 SHARES = (25, 50, 75, 100)
 BATCHES = (1, 64)
 BASELINE, ORDINARY = "dense folded", "dense ordinary"
-Contestant = Callable[[], object]
 
 
 def contestants(model: SkipNet, batch: int) -> dict[str, Contestant]:
@@ -62,21 +60,6 @@ def executed(draws: Tensor, share: int) -> Tensor:
     chosen = torch.zeros(draws.numel(), dtype=torch.bool)
     chosen[draws.reshape(-1).argsort()[:count]] = True
     return chosen.view_as(draws)
-
-
-@torch.inference_mode()
-def measure(runs: dict[str, Contestant], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, in turns; an alternating direction removes the advantage of a place in the order."""
-    names = list(runs)
-    for name in names:
-        runs[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        for name in names if repeat % 2 else reversed(names):
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 @torch.no_grad()
@@ -122,18 +105,13 @@ def main() -> None:
     for batch in BATCHES:
         repeats = arguments.repeats * (4 if batch == 1 else 1)
         times = measure(contestants(model, batch), repeats)
-        print(f"\nbatch {batch}, {repeats} repeats{'':12}  median ms    min ms   ratio   quartiles of the ratio")
-        for name, seconds in times.items():
-            ratios = sorted(a / b for a, b in zip(seconds, times[BASELINE], strict=True))
-            ratio, low, high = statistics.median(ratios), ratios[len(ratios) // 4], ratios[len(ratios) * 3 // 4]
-            median, least = statistics.median(seconds) * 1e3, min(seconds) * 1e3
-            print(f"{name:30} {median:13.2f} {least:9.2f} {ratio:7.3f}   {low:.3f} to {high:.3f}")
+        for name, ratio in show(f"batch {batch}, {repeats} repeats", times, BASELINE).items():
+            seconds = times[name]
             results[f"ratio_{_key(name)}_batch{batch}"] = round(ratio, 4)
-            results[f"ratio_of_minima_{_key(name)}_batch{batch}"] = round(least / (min(times[BASELINE]) * 1e3), 4)
-            results[f"ms_{_key(name)}_batch{batch}"] = round(median, 3)
+            results[f"ratio_of_minima_{_key(name)}_batch{batch}"] = round(min(seconds) / min(times[BASELINE]), 4)
+            results[f"ms_{_key(name)}_batch{batch}"] = round(statistics.median(seconds) * 1e3, 3)
         for name in ("skip 50 %", "skip 50 % ordinary"):
-            pairs = zip(times[name], times[ORDINARY], strict=True)
-            ratio = statistics.median(a / b for a, b in pairs)
+            ratio = statistics.median(ratios(times, name, ORDINARY))
             print(f"{name}, to {ORDINARY}: {ratio:.3f}")
             results[f"ratio_{_key(name)}_batch{batch}_to_ordinary"] = round(ratio, 4)
     print(json.dumps(results))
