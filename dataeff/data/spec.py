@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS = ("digits", "digits-easy-hard", "parquet", "folder", "torchvision")
+KINDS = ("digits", "digits-easy-hard", "digit-pairs", "letters", "rendered-digits", "parquet", "folder", "torchvision")
 _EXAMPLES = {
     "parquet": "parquet:DIR (a folder with train*.parquet)",
     "folder": "folder:DIR (a folder with train/CLASS/*.png or CLASS/*.png)",
@@ -29,6 +29,7 @@ class DataSpec:
     location: str
     given: frozenset[str] = frozenset()
     labels: int | None = None
+    rate: float | None = None
     longtail: float | None = None
     seed: int = 0
     val: float = 0.1
@@ -43,7 +44,8 @@ class DataSpec:
     def selection(self) -> dict[str, Any]:
         """The options that change which images, or which pixels, the splits hold (for the fingerprint)."""
         names = ("labels", "longtail", "seed", "val", "test", "size", "channels", "on_bad_image")
-        return {name: getattr(self, name) for name in names}
+        chosen = {name: getattr(self, name) for name in names}
+        return chosen if self.rate is None else {**chosen, "rate": self.rate}
 
 
 def parse_spec(text: str) -> DataSpec:
@@ -72,6 +74,8 @@ def parse_spec(text: str) -> DataSpec:
         if not equals or name in values:
             raise ValueError(f"option '{name}' in '{text}' must be written once, as {name}=VALUE")
         values[name] = _OPTIONS[name](name, value)
+    if "labels" in values and "rate" in values:
+        raise ValueError(f"'{text}': labels= and rate= both say how many images to keep; give one of them")
     if kind == "torchvision" and "root" not in values:
         raise ValueError(f"'{text}' needs root=DIR, the folder that holds the torchvision files")
     return DataSpec(text=text, kind=kind, location=location, given=frozenset(values), **values)
@@ -115,6 +119,16 @@ def _number(kind: type, low: float, high: float) -> Callable[[str, str], Any]:
     return read
 
 
+def _percent(name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 100:
+        raise ValueError(f"{name}={value}: must be a percentage above 0 and up to 100")
+    return number
+
+
 def _choice(choices: dict[str, Any]) -> Callable[[str, str], Any]:
     def read(name: str, value: str) -> Any:
         if value not in choices:
@@ -132,6 +146,7 @@ def _path(name: str, value: str) -> Path:
 
 _OPTIONS: dict[str, Callable[[str, str], Any]] = {
     "labels": _number(int, 1, math.inf),
+    "rate": _percent,
     "longtail": _number(float, 1, 1e6),
     "seed": _number(int, 0, 2**32 - 1),
     "val": _number(float, 0, 0.5),

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataeff.data.cache import bad_images, build_cached, open_cached
-from dataeff.data.embedded import open_digits, open_digits_easy_hard
+from dataeff.data.embedded import open_digit_pairs, open_digits, open_digits_easy_hard
 from dataeff.data.fingerprint import text_fingerprint
 from dataeff.data.folder import open_folder
 from dataeff.data.parquet import open_parquet
+from dataeff.data.rendered import open_letters, open_rendered_digits
 from dataeff.data.sources import (
     ArrayStore,
     DecodingStore,
@@ -31,6 +32,9 @@ _FORMAT = 1  # part of every key: raise it when decoding or resizing changes pix
 _OPENERS: dict[str, Callable[[DataSpec], RawData]] = {
     "digits": open_digits,
     "digits-easy-hard": open_digits_easy_hard,
+    "digit-pairs": open_digit_pairs,
+    "letters": open_letters,
+    "rendered-digits": open_rendered_digits,
     "parquet": open_parquet,
     "folder": open_folder,
     "torchvision": open_torchvision,
@@ -64,10 +68,12 @@ class Splits:
 def open_splits(text: str) -> Splits:
     """Open the data set that `text` names.
 
-    Sources: `digits`, `digits-easy-hard`, `parquet:DIR`, `folder:DIR`, `torchvision:NAME?root=DIR[&download=1]`.
+    Sources: `digits`, `digits-easy-hard`, `digit-pairs`, `letters`, `rendered-digits`, `parquet:DIR`, `folder:DIR`,
+    `torchvision:NAME?root=DIR[&download=1]`.
     Options, after `?` and joined by `&`:
 
     - `labels=N`: keep a stratified labelled subset of N training images.
+    - `rate=P`: the same for P percent of them; every class keeps at least one image.
     - `longtail=R`: make the training classes exponentially imbalanced, largest R times the smallest (before `labels`).
     - `seed=S` (0): of every cut and subset.
     - `val=F` (0.1): fraction cut from train, stratified, where the source has no validation split; 0 for none.
@@ -93,7 +99,7 @@ def open_splits(text: str) -> Splits:
     """
     spec = parse_spec(text)
     raw = _OPENERS[spec.kind](spec)
-    _refuse_idle_fraction(spec, "val", raw.val is not None and spec.kind != "digits-easy-hard")
+    _refuse_idle_fraction(spec, "val", raw.val is not None and spec.kind not in ("digits-easy-hard", "digit-pairs"))
     _refuse_idle_fraction(spec, "test", raw.test is not None)
     key = text_fingerprint(_FORMAT, raw.content)
     train, skipped = _prepare(spec, raw.train, f"{key}-train", None)
@@ -110,6 +116,9 @@ def open_splits(text: str) -> Splits:
         train = train.subset(longtail_subset(train.labels, spec.longtail, spec.seed))
     if spec.labels is not None:
         train = train.subset(stratified_subset(train.labels, spec.labels, spec.seed))
+    if spec.rate is not None:
+        count = max(len(raw.classes), round(spec.rate / 100 * len(train)))
+        train = train.subset(stratified_subset(train.labels, count, spec.seed))
     _refuse_empty_classes(train, raw.classes)
     return Splits(
         name=text,

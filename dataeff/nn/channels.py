@@ -82,14 +82,19 @@ def take_linear(linear: nn.Linear, inputs: Channels) -> nn.Linear:
     return taken
 
 
-def padded(count: int, width: int) -> int:
-    """Channels to compute on a feature map of this width so that `count` are there; 0 stays 0.
+def padded(count: int, width: int, stride: int = 1) -> int:
+    """Channels that a convolution should compute so that `count` are there; 0 stays 0.
 
-    oneDNN's kernels compute 16 channels at a time, and on maps up to 8 wide take a path 20 times slower for 48 and 96
-    output channels, so those get 16 more (measured on an AVX-512 CPU).
+    oneDNN's kernels compute 16 channels at a time. On maps up to 8 wide (16 with stride 2) they take a path 6 to 100
+    times slower for 48, 96, 192 and 384 output channels, so multiples of 48 get 16 more there (measured on an AVX-512
+    CPU).
+
+    Args:
+        width: of the output.
+        stride: of the convolution.
     """
     blocks = -(-count // LANES)
-    return LANES * (blocks + (width <= SMALL_MAP and blocks > 0 and blocks % 3 == 0))
+    return LANES * (blocks + (width <= SMALL_MAP * stride and blocks > 0 and blocks % 3 == 0))
 
 
 class ChannelConv:

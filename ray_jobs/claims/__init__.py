@@ -15,7 +15,15 @@ from typing import Any
 from dataeff.core.config import nearest
 from dataeff.core.run import METRICS, SUMMARY, read_rows
 
-CLAIMS = {"skipnet": "ray_jobs.claims.skipnet"}
+CLAIMS = {
+    "adaskips": "ray_jobs.claims.adaskips",
+    "adaskips_zsda": "ray_jobs.claims.adaskips_zsda",
+    "deepmoe": "ray_jobs.claims.deepmoe",
+    "hydranet": "ray_jobs.claims.hydranet",
+    "idk": "ray_jobs.claims.idk",
+    "pruning": "ray_jobs.claims.pruning",
+    "skipnet": "ray_jobs.claims.skipnet",
+}
 HOLDS, FAILS, UNTESTABLE, UNMEASURED = "holds", "does not hold", "not testable at this scale", "not measured"
 
 
@@ -67,6 +75,7 @@ class Run:
         settings: what differs from the method's defaults, without the seed.
         after: runs of the same seed that must have ended before.
         fill: further settings, from the results of the runs in `after`.
+        method: that is trained; empty for the one whose claims name the run.
     """
 
     name: str
@@ -74,6 +83,7 @@ class Run:
     settings: Mapping[str, Any]
     after: tuple["Run", ...] = ()
     fill: Callable[[Results], Mapping[str, Any]] = lambda results: {}
+    method: str = ""
 
 
 @dataclass(frozen=True)

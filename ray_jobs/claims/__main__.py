@@ -97,6 +97,11 @@ class Job:
     def label(self) -> str:
         return f"{self.method} {self.folder.name}"
 
+    @property
+    def trains(self) -> str:
+        """The method that the run trains; `method` is the one whose claims it is for."""
+        return self.run.method or self.method
+
     def earlier(self) -> list[Path]:
         """Folders of the runs that this one comes after."""
         return [_folder(self.folder.parent, run, self.seed) for run in self.run.after]
@@ -104,7 +109,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         results = {run.name: Result(path) for run, path in zip(self.run.after, self.earlier(), strict=True)}
         settings = merge(merge(self.run.settings, self.run.fill(results)), {"seed": self.seed})
-        parse_config(get_method(self.method).config_schema, settings, self.label)
+        parse_config(get_method(self.trains).config_schema, settings, self.label)
         return settings
 
 
@@ -142,7 +147,7 @@ class RayTasks:
         return max(1, int(min(have.get(kind, 0) / need for kind, need in needs.items() if need)))
 
     def submit(self, job: Job, settings: dict[str, Any]) -> None:
-        self.running[self.task.remote(job.method, job.run.data, job.folder, settings, self.scale)] = job
+        self.running[self.task.remote(job.trains, job.run.data, job.folder, settings, self.scale)] = job
 
     def wait(self) -> tuple[Job, bool | str]:
         """A run that has ended: whether it was trained (not finished before), or its error."""
