@@ -101,25 +101,15 @@ class BranchLinear(nn.Linear):
 
 
 class Fold:
-    """Layers of some branches of a bank for inference, BatchNorm folded; side by side as in the bank.
+    """Layers of a bank for inference, BatchNorm folded: of all branches side by side, or of one.
 
     Args:
-        branches: which, int64 (m,); None for the whole bank.
+        branch: which; None for the whole bank.
         store: folded weights of whole banks, filled here and used again by other folds of the same bank.
-        one_image: the layers will be used once, for a single image.
-
-    Attributes:
-        count: m, or None for the whole bank.
     """
 
-    def __init__(
-        self,
-        branches: Tensor | None = None,
-        store: dict[nn.Module, tuple[Tensor, Tensor]] | None = None,
-        one_image: bool = False,
-    ):
-        self.branches, self.one_image = branches, one_image
-        self.count = None if branches is None else len(branches)
+    def __init__(self, branch: int | None = None, store: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
+        self.branch = branch
         self.store = {} if store is None else store
 
     def conv(self, conv: BranchConv2d, norm: BranchNorm2d | None) -> InferenceConv:
@@ -127,70 +117,22 @@ class Fold:
         if norm is None:
             norm = BranchNorm2d(conv.out_of_one, conv.branches).to(conv.weight.device).eval()
             norm.eps = 0.0
-        if self.branches is None or self.count is None:
+        if self.branch is None:
             return fold_conv(conv, norm)
         if conv not in self.store:
-            weight, bias = fold_batch_norm(conv, norm)
-            # Memory of channels-last, one row a branch: gathering rows keeps the layout.
-            self.store[conv] = (weight.permute(0, 2, 3, 1).reshape(conv.branches, -1), bias.view(conv.branches, -1))
-        rows, bias = (tensor.index_select(0, self.branches) for tensor in self.store[conv])
-        if self.one_image and not conv.depthwise:
-            return _ProductConv(rows.view(self.count, conv.out_of_one, -1), bias.flatten(), conv)
-        kernel = conv.kernel_size
-        weight = rows.view(self.count * conv.out_of_one, *kernel, -1).permute(0, 3, 1, 2)
+            self.store[conv] = fold_batch_norm(conv, norm)
+        weight, bias = (self.rows(tensor, conv.out_of_one) for tensor in self.store[conv])
         geometry = copy.copy(conv)
-        geometry.groups = conv.groups_of(self.count)
-        return inference_conv(geometry, weight, bias.flatten())
+        geometry.groups = conv.groups_of(1)
+        return inference_conv(geometry, weight, bias)
 
     def rows(self, values: Tensor, size: int) -> Tensor:
-        """The entries of the branches in (n * size, ...)."""
-        if self.branches is None:
-            return values
-        chosen: Tensor = values.unflatten(0, (-1, size)).index_select(0, self.branches).flatten(0, 1)
-        return chosen
+        """The entries of the branch in (n * size, ...)."""
+        return values if self.branch is None else values[rows_of(self.branch, size)]
 
     def copies(self, branches: int, shared: bool) -> int:
         """How often the input of a layer in a bank of `branches` is repeated."""
-        return (branches if self.count is None else self.count) if shared else 1
-
-
-class _ProductConv:
-    """Convolutions of several branches on one image, as a batch of matrix products.
-
-    Weights (m, O, k * k * C) are used where they lie; a grouped convolution would bring them into its own order first,
-    which takes as long as the products.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, conv: BranchConv2d):
-        self.weight, self.bias, self.shared = weight, bias.view(1, -1, 1, 1), conv.shared
-        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
-
-    def __call__(self, x: Tensor, relu: bool) -> Tensor:
-        x = self._products(x).add_(self.bias)
-        return x.relu_() if relu else x
-
-    def relu_scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self(x, True).mul_(scale)
-
-    def add_relu_(self, x: Tensor, into: Tensor) -> None:
-        into.add_(self(x, False)).relu_()
-
-    def _products(self, x: Tensor) -> Tensor:
-        kernel, stride, pad = self.kernel, self.stride, self.kernel // 2
-        copies = 1 if self.shared else len(self.weight)
-        maps = x[0].permute(1, 2, 0).unflatten(2, (copies, -1)).permute(2, 0, 1, 3)
-        maps = F.pad(maps, (0, 0, pad, pad, pad, pad)).contiguous()
-        _, height, width, channels = maps.shape
-        height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
-        image, row, column, _ = maps.stride()
-        windows = maps.as_strided(
-            (copies, height, width, kernel, kernel * channels), (image, row * stride, column * stride, row, 1)
-        ).reshape(copies, height * width, -1)
-        if self.shared:
-            result = windows[0] @ self.weight.flatten(0, 1).T
-        else:
-            result = torch.bmm(windows, self.weight.transpose(1, 2)).transpose(0, 1)
-        return result.reshape(1, height, width, -1).permute(0, 3, 1, 2)
+        return branches if shared and self.branch is None else 1
 
 
 def run_branches(x: Tensor, executed: Tensor, run: Callable[[int, Tensor], Tensor]) -> Pairs | None:

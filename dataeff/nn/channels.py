@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dataeff.nn.fold import InferenceConv, fold_batch_norm, inference_conv
 
 LANES = 16
-SMALL_MAP = 8
 
 Channels = Sequence[int] | NDArray[np.int64] | Tensor
 
@@ -82,19 +81,9 @@ def take_linear(linear: nn.Linear, inputs: Channels) -> nn.Linear:
     return taken
 
 
-def padded(count: int, width: int, stride: int = 1) -> int:
-    """Channels that a convolution should compute so that `count` are there; 0 stays 0.
-
-    oneDNN's kernels compute 16 channels at a time. On maps up to 8 wide (16 with stride 2) they take a path 6 to 100
-    times slower for 48, 96, 192 and 384 output channels, so multiples of 48 get 16 more there (measured on an AVX-512
-    CPU).
-
-    Args:
-        width: of the output.
-        stride: of the convolution.
-    """
-    blocks = -(-count // LANES)
-    return LANES * (blocks + (width <= SMALL_MAP * stride and blocks > 0 and blocks % 3 == 0))
+def padded(count: int) -> int:
+    """Channels that a convolution should compute so that `count` are there: oneDNN's kernels compute 16 at a time."""
+    return -(-count // LANES) * LANES
 
 
 class ChannelConv:

@@ -297,18 +297,13 @@ class Pattern:
         ends = np.cumsum(owner.channels)
         active = [np.flatnonzero(part) for part in np.split(bits, ends[:-1])]
         costs, _ = network.conv_costs(*size)
-        outputs_of = [
-            (cost.width, layer.conv.stride[0])
-            for layer, cost in zip(network.convs(), costs, strict=True)
-            if cost.target is not None
-        ]
         self.channels: list[Tensor | None] = [
             None if len(found) == count else torch.from_numpy(found).to(device)
             for found, count in zip(active, owner.channels, strict=True)
         ]
         self.sizes = [
-            count if chosen is None else padded(len(chosen), *output)
-            for chosen, count, output in zip(self.channels, owner.channels, outputs_of, strict=True)
+            count if chosen is None else padded(len(chosen))
+            for chosen, count in zip(self.channels, owner.channels, strict=True)
         ]
         self.runs: dict[MoEConv2d, InferenceConv] = {}
         for layer, cost in zip(network.convs(), costs, strict=True):

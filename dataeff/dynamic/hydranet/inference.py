@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dataeff.dynamic.hydranet.blocks import Folded
 from dataeff.dynamic.hydranet.model import LEARNED, HydraNet, HydraOutput, combine_pairs, selection_mask, top_k
-from dataeff.nn.branches import Fold, Pairs, run_branches
+from dataeff.nn.branches import Fold, run_branches
 from dataeff.nn.fold import channels_last
 from dataeff.nn.predictor import check_budget
 
@@ -35,10 +35,9 @@ class HydraInference:
         self.stem = model.stem.fold(Fold())
         self.gate_tail = model.gate.tail.fold(Fold()) if model.gate is not None else None
         self.combiner = model.combiner.fold(Fold())
-        self.bank = self._fold(None) if dense else None
         self.store: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        numbers = torch.arange(model.config.n_branches, device=model.part.device)
-        self.branches = [] if dense else [self._fold(number) for number in numbers.split(1)]
+        self.bank = self._fold(None) if dense else None
+        self.branches = [] if dense else [self._fold(branch) for branch in range(model.config.n_branches)]
         self.weighted = model.config.strategy in LEARNED
 
     @torch.inference_mode()
@@ -89,24 +88,17 @@ class HydraInference:
             combined = model.combine_masked(outputs, executed, weights)
         else:
             shape = model.feature_shape(h)
-            combined = combine_pairs(self._pairs(h, executed), executed, weights, shape, config.combine)
+            combined = combine_pairs(run_branches(h, executed, self._run), executed, weights, shape, config.combine)
         logits = model.classify(self.combiner(combined))
         return HydraOutput(logits, gate_logits, probs, selected, model.macs(executed, (x.shape[2], x.shape[3])))
 
-    def _fold(self, branches: Tensor | None, one_image: bool = False) -> Folded:
-        fold = Fold() if branches is None else Fold(branches, self.store, one_image)
+    def _fold(self, branch: int | None) -> Folded:
+        fold = Fold(branch, self.store)
         tail, projection = self.model.branches.fold(fold), self.model.projection.fold(fold)
         return lambda h: projection(tail(h))
 
-    def _pairs(self, h: Tensor, executed: Tensor) -> Pairs | None:
-        if len(h) != 1:
-            return run_branches(h, executed, lambda branch, features: self.branches[branch](features))
-        # One image: its branches run as one bank. Convolutions on one small map are too short to share among threads.
-        branches = executed[0].nonzero().view(-1)
-        if not len(branches):
-            return None
-        outputs = self._fold(branches, one_image=True)(h).unflatten(1, (len(branches), self.model.features))
-        return outputs[0], torch.zeros_like(branches), branches
+    def _run(self, branch: int, h: Tensor) -> Tensor:
+        return self.branches[branch](h)
 
     def _scores(self, h: Tensor) -> Tensor:
         gate = self.model.gate

@@ -1,0 +1,161 @@
+"""What does a cascade of three networks save on CIFAR-10, at the accurate one's accuracy?
+
+Trains three residual networks of clearly different cost, scores them on Ray Data, fits cascades on held-out validation
+images, and prints accuracy against cost on the test set: every model alone, the cascades, points of the calibration
+curve, and the comparison of eleven methods. Finished runs in --out are kept and not repeated.
+
+    python -m benchmarks.cascade_cifar10                       # quick: a fraction of the data, a few minutes
+    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10     # hours on 2 cores
+
+The last line is one JSON object. Target: within 0.3 points of the best network at 60 % or less of its multiply-adds.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dataeff
+from dataeff.cascades.idk.analysis import throughput
+from dataeff.cascades.idk.predictor import CascadePredictor
+from dataeff.data import Preprocess, open_splits
+from ray_jobs import score
+
+CIFAR = "parquet:../shared/data/cifar10"
+# Depth, widths, mini-batches of the full run.
+NETWORKS = {"fast": (8, (8, 16, 32), 8000), "mid": (14, (16, 32, 64), 8000), "accurate": (20, (32, 64, 128), 8000)}
+QUICK_ITERATIONS = 60
+QUICK_NEURAL = (128, 128, 64, 64, 32, 16)
+CASCADES: dict[str, dict[str, Any]] = {
+    "fast + accurate": {"order": "1-3", "compare": True},
+    "mid + accurate": {"order": "2-3", "compare": True},
+    "fast + mid": {"order": "1-2"},
+    "fast + mid + accurate": {"order": "1-2-3", "kind": "entropy", "search": "product"},
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help=f"default: {CIFAR} where it exists, or else the embedded digits")
+    parser.add_argument("--out", type=Path, help="keeps all runs (default: a temporary folder)")
+    parser.add_argument("--full", action="store_true", help="train in earnest on all images")
+    parser.add_argument("--iterations", type=int, help="mini-batches of every network, in place of the default")
+    parser.add_argument("--eps", type=float, default=0.0, help="relative slack of the accuracy goal on calibration")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse_arguments(arguments)
+    data = args.data or _default_data(args.full)
+    with tempfile.TemporaryDirectory() as temporary:
+        out = args.out or Path(temporary)
+        tables = [_network(name, data, out, args) for name in NETWORKS]
+        rows = {name: _single(out / name) for name in NETWORKS}
+        for name, changes in CASCADES.items():
+            rows[name] = _cascade(name, changes, tables, data, out, args)
+        _print_rows(rows)
+        figures = _figures(rows)
+        figures["throughput_gain"] = _throughput_gain(out, data, figures["best_cascade"])
+    print(json.dumps(figures))
+    return figures
+
+
+def _default_data(full: bool) -> str:
+    if not Path(CIFAR.removeprefix("parquet:")).is_dir():
+        return "digits?val=0.4"
+    return CIFAR if full else f"{CIFAR}?labels=2000"
+
+
+def _network(name: str, data: str, out: Path, args: argparse.Namespace) -> str:
+    """Train one network and score it on validation and test; the table's path."""
+    depth, widths, iterations = NETWORKS[name]
+    iterations = args.iterations or (iterations if args.full else QUICK_ITERATIONS)
+    settings = {
+        "arm": "base",
+        "gate": "none",
+        "depth": depth,
+        "widths": list(widths),
+        "augment": "none" if data.startswith("digits") else "shift_flip",
+        "clip_norm": 5.0,
+        "report_every": min(500, iterations),
+        "stage1": {"iterations": iterations, "batch": 128, "schedule": "cosine", "weight_decay": 5e-4},
+    }
+    print(f"training {name} ...", file=sys.stderr)
+    dataeff.train("skipnet", data, out / name, settings, resume=True)
+    table = out / f"{name}.parquet"
+    if not table.is_file():
+        score.main([str(out / name / "artifact"), "--data", data, "--out", str(table), "--splits", "val", "test"])
+    return str(table)
+
+
+def _single(folder: Path) -> dict[str, float]:
+    card = dataeff.load(folder / "artifact").card
+    return {"accuracy": card.metrics["test_accuracy"], "macs": card.cost["macs"]}
+
+
+def _cascade(
+    name: str, changes: dict[str, Any], tables: list[str], data: str, out: Path, args: argparse.Namespace
+) -> dict[str, float]:
+    folder = out / name.replace(" ", "")
+    settings = {"stages": tables, "kind": "cost", "eps": args.eps, "calibration_fraction": 1.0, **changes}
+    if not args.full:
+        settings["nn_hidden"] = QUICK_NEURAL
+    summary = dataeff.train("idk", data, folder, settings, resume=True, report=lambda row, total: None)
+    if changes.get("compare"):
+        print(f"\n{name}: eleven methods (test)")
+        for row in json.loads((folder / "comparison.json").read_text(encoding="utf-8")):
+            print(
+                f"  {row['method']:18s} accuracy {row['accuracy']:.4f}  IDK {row['idk_rate']:.3f}  "
+                f"relative cost {row['relative_cost']:.3f}{'' if row['feasible'] else '  (goal missed on calibration)'}"
+            )
+    metrics = summary["metrics"]
+    return {"accuracy": metrics["test_accuracy"], "macs": metrics["test_macs"]}
+
+
+def _print_rows(rows: dict[str, dict[str, float]]) -> None:
+    best = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"])
+    print(f"\n{'':24s} {'accuracy':>9s} {'multiply-adds':>14s} {'relative':>9s}")
+    for name, row in rows.items():
+        print(f"{name:24s} {row['accuracy']:9.4f} {row['macs']:14,.0f} {row['macs'] / best['macs']:9.3f}")
+
+
+def _figures(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The cheapest cascade within 0.3 points of the best network; without one, the most accurate."""
+    best = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"])
+    close = {name: rows[name] for name in CASCADES if rows[name]["accuracy"] >= best["accuracy"] - 0.003}
+    if close:
+        chosen = min(close, key=lambda name: close[name]["macs"])
+    else:
+        chosen = max(CASCADES, key=lambda name: rows[name]["accuracy"])
+    return {
+        "best_network_accuracy": best["accuracy"],
+        "best_cascade": chosen,
+        "best_cascade_accuracy": rows[chosen]["accuracy"],
+        "best_cascade_relative_macs": rows[chosen]["macs"] / best["macs"],
+        "holds": bool(close) and rows[chosen]["macs"] <= 0.6 * best["macs"],
+    }
+
+
+def _throughput_gain(out: Path, data: str, cascade: str) -> float:
+    """Images a second of the cascade over those of the accurate network, on up to 512 test images at once."""
+    found, alone = (
+        dataeff.load(out / cascade.replace(" ", "") / "artifact"),
+        dataeff.load(out / "accurate" / "artifact"),
+    )
+    assert isinstance(found, CascadePredictor)
+    test = open_splits(data).test
+    inputs = Preprocess.from_dict(found.card.preprocess)(test.images(np.arange(min(512, len(test)))))
+    rates = throughput({"cascade": found.predict, "accurate": alone.predict}, inputs)
+    print("\nimages a second: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+    print("calibration curve (accuracy at multiply-adds): ", end="")
+    print(", ".join(f"{point.accuracy:.4f} at {point.cost:,.0f}" for point in found.spec.curve[::4]))
+    return rates["cascade"] / rates["accurate"]
+
+
+if __name__ == "__main__":
+    main()

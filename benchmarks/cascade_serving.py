@@ -1,0 +1,375 @@
+"""A cascade over HTTP against its accurate network alone, in our server, in LitServe and in plain FastAPI + uvicorn.
+
+    python -m benchmarks.cascade_serving
+    python -m benchmarks.cascade_serving --stages runs/small/artifact,runs/large/artifact --thresholds 0.2
+
+Without `--stages` both networks have random weights, and the threshold passes on the share of images in `--idk`: the
+speed does not depend on what the networks know. Each server runs alone, one process with one torch thread for the
+network; clients and servers share this machine. Rounds go through all servers in turn; medians are shown. The last line
+is JSON.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import logging
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import litserve
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from benchmarks.http_load import ROOT, load_test
+from dataeff.core.artifact import Card, Prediction, Predictor, load
+from dataeff.data import Preprocess
+from serve.cascade import Cascade, StagedCascade
+from serve.limits import Limits, decode_image
+from serve.loading import Loader, load_cascade, load_stage
+from serve.versions import Version
+
+SIZE, CLASSES = 64, 10
+CLIENTS = (1, 16, 64)
+LIMITS = Limits()
+
+
+@dataclass
+class RandomNetwork:
+    """A network with random weights: number 0 is small, 1 is torchvision's ResNet-18."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.number)
+        self.network = (_small(), resnet18(num_classes=CLASSES))[self.number].eval()
+        self.network = self.network.to(memory_format=torch.channels_last)
+        self.input_shape, self.path_names = (3, SIZE, SIZE), list[str]()
+        self.macs = float(_multiply_adds(self.network))
+        values = {"channels": 3, "size": (SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        self._preprocess = Preprocess.from_dict(values)
+        self.card = Card(
+            method=("small", "resnet18")[self.number],
+            classes=[str(number) for number in range(CLASSES)],
+            input_shape=self.input_shape,
+            preprocess=self._preprocess.to_dict(),
+            metrics={},
+            cost={"macs": self.macs, "full_macs": self.macs, "params": 0.0},
+            data={},
+            versions={},
+        )
+
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        return self._preprocess.from_pil(images)
+
+    def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction:
+        with torch.inference_mode():
+            logits = self.network(inputs.to(memory_format=torch.channels_last))
+        macs = torch.full((len(inputs),), self.macs, dtype=torch.float64)
+        return Prediction(logits.softmax(1), macs, torch.empty(len(inputs), 0, dtype=torch.bool))
+
+
+def _small() -> nn.Module:
+    layers: list[nn.Module] = []
+    for inside, outside in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+def _multiply_adds(network: nn.Module) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros(1, 3, SIZE, SIZE))
+    return counter.get_total_flops() // 2
+
+
+@cache
+def random_network(number: int) -> RandomNetwork:
+    return RandomNetwork(number)
+
+
+def random_cascade(version: Version, networks: bool = True) -> Cascade:
+    stages = [random_network(number) for number in range(2)]
+    cascade: Cascade = StagedCascade([stage.card for stage in stages], version.thresholds, stages)
+    return cascade
+
+
+def random_stage(version: Version, number: int) -> Predictor:
+    return random_network(number)
+
+
+def network_of(folder: str) -> Predictor:
+    return random_network(1) if folder.endswith("random") else load(folder)
+
+
+def pictures(count: int = 256) -> list[bytes]:
+    """Smooth random pictures as PNG."""
+    generator = np.random.default_rng(0)
+    bodies = []
+    for _ in range(count):
+        coarse = PIL.Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        buffer = BytesIO()
+        coarse.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC).save(buffer, "PNG")
+        bodies.append(buffer.getvalue())
+    return bodies
+
+
+# The four servers.
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def ours(accurate: str, stages: str, thresholds: str) -> Iterator[dict[str, str]]:
+    """Ray Serve with both applications; only one of them is asked at a time."""
+    import ray
+    from ray import serve
+
+    # By its name: what `__main__` defines cannot be loaded by the replicas.
+    from benchmarks import cascade_serving as here
+    from serve.app import build, build_cascade, parse_cascade_options, parse_options
+
+    port = free_port()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    own = Loader(load_cascade, load_stage) if stages != "random" else Loader(here.random_cascade, here.random_stage)
+    options = parse_cascade_options({"stages": stages, "thresholds": thresholds, "num_cpus": 1})
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_cascade(options, own), name="cascade", route_prefix="/cascade")
+        alone = build(parse_options({"artifact": accurate, "num_cpus": 1}), here.network_of)
+        serve.run(alone, name="accurate", route_prefix="/accurate")
+        yield {name: f"http://127.0.0.1:{port}/{name}/predict" for name in ("cascade", "accurate")}
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def fastapi_server(folder: str, port: int) -> None:
+    """Plain FastAPI: the body as bytes, the blocking work in the thread pool, one uvicorn process."""
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.concurrency import run_in_threadpool
+
+    torch.set_num_threads(1)
+    network, app = network_of(folder), FastAPI()
+
+    def classify(body: bytes) -> dict[str, Any]:
+        with torch.inference_mode():
+            prediction = network.predict(network.preprocess([decode_image(body, LIMITS)]))
+        probability, label = prediction.probabilities[0].max(0)
+        return {"label": int(label), "probability": float(probability)}
+
+    @app.post("/predict")
+    async def predict(request: Request) -> dict[str, Any]:
+        return await run_in_threadpool(classify, await request.body())
+
+    @app.get("/health")
+    def health() -> str:
+        return "ok"
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+
+
+class Classifier(litserve.LitAPI):  # type: ignore[misc]
+    """The accurate network as LitServe's documentation writes it: dynamic batches, images in base64."""
+
+    folder = ""
+
+    def setup(self, device: str) -> None:
+        torch.set_num_threads(1)
+        self.network = network_of(self.folder)
+
+    def decode_request(self, request: dict[str, Any]) -> Tensor:
+        return self.network.preprocess([decode_image(base64.b64decode(request["image"]), LIMITS)])[0]
+
+    def batch(self, inputs: list[Tensor]) -> Tensor:
+        return torch.stack(inputs)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.network.predict(inputs).probabilities
+
+    def unbatch(self, output: Tensor) -> list[Tensor]:
+        return list(output)
+
+    def encode_response(self, output: Tensor) -> dict[str, Any]:
+        probability, label = output.max(0)
+        return {"label": int(label), "probability": float(probability)}
+
+
+def litserve_server(folder: str, port: int) -> None:
+    """LitServe: one worker process for the network."""
+    api = Classifier(max_batch_size=64, batch_timeout=0.003)
+    api.folder = folder
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
+    server.run(host="127.0.0.1", port=port, log_level="error", generate_client_file=False)
+
+
+@contextmanager
+def process(kind: str, accurate: str) -> Iterator[str]:
+    """One of the two other servers in a process group of its own."""
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.cascade_serving", "--server", kind, "--accurate", accurate]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [*command, "--port", str(port)], cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"{kind} did not start") from None
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/predict"
+    finally:
+        os.killpg(server.pid, 15)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+
+
+# Measuring.
+
+
+def measure(url: str, bodies: list[bytes], clients: int, seconds: float) -> tuple[float, float, int]:
+    """Requests per second, p99 in milliseconds, failures."""
+    started = time.perf_counter()
+    latencies, failures = asyncio.run(load_test(url, bodies, clients, seconds))
+    elapsed = time.perf_counter() - started
+    return len(latencies) / elapsed, float(np.percentile(latencies, 99)) * 1000, sum(failures.values())
+
+
+def offline(cascade: Cascade, accurate: Predictor, inputs: Tensor) -> float:
+    """Time of the accurate network over that of the cascade, in batches of 64: the gain that is promised."""
+
+    def seconds(predictor: Predictor) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            for start in range(0, len(inputs), 64):
+                predictor.predict(inputs[start : start + 64])
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    seconds(accurate)
+    return seconds(accurate) / seconds(cascade)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A cascade over HTTP against its accurate network in other servers")
+    parser.add_argument("--stages", default="random", help="two or more artifact folders, cheapest first, with commas")
+    parser.add_argument("--thresholds", help="of all stages but the last, with commas; needed with --stages")
+    parser.add_argument("--idk", type=float, default=0.3, help="random weights: share of images passed on")
+    parser.add_argument("--seconds", type=float, default=4, help="each measurement (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind (default %(default)s)")
+    parser.add_argument("--images", type=Path, help="folder of pictures; default: random ones")
+    parser.add_argument("--server", choices=("fastapi", "litserve"), help=argparse.SUPPRESS)
+    parser.add_argument("--accurate", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.server:
+        {"fastapi": fastapi_server, "litserve": litserve_server}[arguments.server](arguments.accurate, arguments.port)
+        return
+    torch.set_num_threads(1)
+    compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from benchmarks.http_load import files
+
+    bodies = files(arguments.images) if arguments.images else pictures()
+    stages, thresholds = arguments.stages, arguments.thresholds
+    accurate = "random" if stages == "random" else str(Path(stages.rsplit(",", 1)[-1]).resolve())
+    network = network_of(accurate)
+    inputs = network.preprocess([decode_image(body, LIMITS) for body in bodies])
+    if stages == "random":
+        unsure = 1 - random_network(0).predict(inputs).probabilities.double().amax(1)
+        thresholds = str(float(unsure.quantile(1 - arguments.idk)))
+        cascade = random_cascade(Version(stages=("random",), thresholds=(float(thresholds),)))
+    else:
+        numbers = tuple(float(part) for part in thresholds.split(","))
+        cascade = load_cascade(Version(stages=tuple(stages.split(",")), thresholds=numbers))
+    ratio = float(cascade.predict(inputs).macs.mean()) / network.card.cost["full_macs"]
+    promised = offline(cascade, network, inputs)
+    print(
+        f"cascade: {ratio:.3f} of the accurate network's multiply-adds, {1 / promised:.3f} of its time in batches of 64"
+    )
+    found = run_all(arguments, bodies, accurate, stages, thresholds)
+    report(found, promised, ratio)
+
+
+def run_all(
+    arguments: argparse.Namespace, bodies: list[bytes], accurate: str, stages: str, thresholds: str
+) -> dict[tuple[str, int], list[tuple[float, float, int]]]:
+    found: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
+    as_json = [json.dumps({"image": base64.b64encode(body).decode()}).encode() for body in bodies]
+    with (
+        ours(accurate, stages, thresholds) as urls,
+        process("fastapi", accurate) as fastapi,
+        process("litserve", accurate) as litserve,
+    ):
+        servers = [
+            ("cascade", partial(measure, urls["cascade"], bodies)),
+            ("accurate", partial(measure, urls["accurate"], bodies)),
+            ("litserve", partial(measure, litserve, as_json)),
+            ("fastapi", partial(measure, fastapi, bodies)),
+        ]
+        for _, run in servers:
+            run(16, 1.0)
+        for _ in range(arguments.rounds):
+            for clients in CLIENTS:
+                for name, run in servers:
+                    found.setdefault((name, clients), []).append(run(clients, arguments.seconds))
+    return found
+
+
+def report(found: dict[tuple[str, int], list[tuple[float, float, int]]], promised: float, ratio: float) -> None:
+    figures: dict[str, Any] = {"promised_gain": promised, "macs_ratio": ratio}
+    print(f"{'server':<10}{'clients':>8}{'requests/s':>12}{'spread':>16}{'p99 ms':>9}{'failed':>8}")
+    for (name, clients), runs in found.items():
+        rates, p99 = [run[0] for run in runs], statistics.median(run[1] for run in runs)
+        rate, failed = statistics.median(rates), sum(run[2] for run in runs)
+        spread = f"{min(rates):.0f} to {max(rates):.0f}"
+        print(f"{name:<10}{clients:>8}{rate:>12.1f}{spread:>16}{p99:>9.0f}{failed:>8}")
+        figures |= {f"{name}_{clients}_rps": rate, f"{name}_{clients}_p99_ms": p99, f"{name}_{clients}_failed": failed}
+    for clients in CLIENTS:
+        gain = figures[f"cascade_{clients}_rps"] / figures[f"accurate_{clients}_rps"]
+        figures[f"gain_{clients}"] = gain
+        print(f"{clients} clients: gain {gain:.2f} of {promised:.2f} promised: {gain / promised:.2f}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
