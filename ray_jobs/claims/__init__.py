@@ -21,6 +21,7 @@ CLAIMS = {
     "deepmoe": "ray_jobs.claims.deepmoe",
     "hydranet": "ray_jobs.claims.hydranet",
     "idk": "ray_jobs.claims.idk",
+    "nas_search": "ray_jobs.claims.nas",
     "pruning": "ray_jobs.claims.pruning",
     "skipnet": "ray_jobs.claims.skipnet",
 }
