@@ -1,5 +1,6 @@
 """A sweep: what to search, for which objectives, and the Optuna study that is its memory."""
 
+import json
 import threading
 import warnings
 from pathlib import Path
@@ -109,12 +110,21 @@ def distributions(space: dict[str, Range | Choice]) -> dict[str, BaseDistributio
     found: dict[str, BaseDistribution] = {}
     for name, dimension in space.items():
         if isinstance(dimension, Choice):
-            found[name] = CategoricalDistribution(dimension.values)
+            found[name] = CategoricalDistribution([_storable(value) for value in dimension.values])
         elif dimension.integer:
             found[name] = IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
         else:
             found[name] = FloatDistribution(dimension.low, dimension.high, log=dimension.log)
     return found
+
+
+def _storable(value: Any) -> Any:
+    """A choice as Optuna can store it: lists as JSON."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _restored(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optuna.samplers.BaseSampler:
@@ -127,8 +137,9 @@ def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optu
         ranges = [key for key, dimension in space.items() if not isinstance(dimension, Choice)]
         if ranges:
             raise ValueError(f"sampler grid: {', '.join(ranges)} must be {{choices: [...]}}")
-        choices = {key: list(item.values) for key, item in space.items() if isinstance(item, Choice)}
-        return optuna.samplers.GridSampler(choices, seed=seed)
+        grid = {key: item.values for key, item in space.items() if isinstance(item, Choice)}
+        stored = {key: [_storable(value) for value in values] for key, values in grid.items()}
+        return optuna.samplers.GridSampler(stored, seed=seed)
     kinds = {
         "tpe": optuna.samplers.TPESampler,
         "nsga2": optuna.samplers.NSGAIISampler,
@@ -198,7 +209,8 @@ class StudySearch(Searcher):
             family = trial.suggest_categorical("family", list(self.spaces))
             prefix = f"{family}."
         space = self.spaces[family]
-        return {"family": family, "params": {name: trial._suggest(prefix + name, space[name]) for name in space}}
+        params = {name: _restored(trial._suggest(prefix + name, space[name])) for name in space}
+        return {"family": family, "params": params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if len(self.objectives) == 1:

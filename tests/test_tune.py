@@ -11,7 +11,8 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.experiment import Trial
 
-from ray_jobs.sweep import StudySearch, Sweep, make_sampler, open_study, read_sweep
+from dataeff.core.config import Choice
+from ray_jobs.sweep import StudySearch, Sweep, distributions, make_sampler, open_study, read_sweep
 from ray_jobs.tune import _scheduler, choose, write_front
 from tests.ray_helpers import TINY, run, running, wait_until
 
@@ -142,6 +143,13 @@ def test_several_families_are_searched_each_by_its_own_settings(tmp_path: Path) 
     suggested = [first.suggest(str(number)) for number in range(12)]
     assert {(options["family"], *options["params"]) for options in suggested} == {("a", "alpha"), ("b", "lr")}
     assert search().suggest("again") == suggested[0]
+
+
+def test_a_choice_among_lists_survives_the_storage(tmp_path: Path) -> None:
+    space = distributions({"widths": Choice(([4, 8], [8, 16]))})
+    suggested = StudySearch(study_in(tmp_path), {"skipnet": space}, TWO).suggest("a")
+    assert suggested["params"]["widths"] in ([4, 8], [8, 16])
+    assert StudySearch(study_in(tmp_path), {"skipnet": space}, TWO).suggest("b") == suggested
 
 
 def test_a_sweep_of_several_families_keeps_their_settings_in_the_families(tmp_path: Path) -> None:
