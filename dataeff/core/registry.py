@@ -6,6 +6,17 @@ from dataeff.core.config import nearest
 from dataeff.core.experiment import Experiment
 
 METHODS: dict[str, str] = {
+    "deepmoe": "dataeff.dynamic.deepmoe.experiment:DeepMoEExperiment",
+    "act": "dataeff.dynamic.halting.experiment:ActExperiment",
+    "adaskips": "dataeff.dynamic.adaskips.experiment:AdaSkipsExperiment",
+    "adaskips_zsda": "dataeff.dynamic.adaskips.zsda:ZsdaExperiment",
+    "lccl": "dataeff.dynamic.lccl.experiment:LcclExperiment",
+    "nas_search": "dataeff.nas.experiment_search:NasSearchExperiment",
+    "nas_train": "dataeff.nas.experiment_train:NasTrainExperiment",
+    "pruning": "dataeff.dynamic.pruning.experiment:PruningExperiment",
+    "sact": "dataeff.dynamic.halting.experiment:SactExperiment",
+    "hydranet": "dataeff.dynamic.hydranet.experiment:HydraNetExperiment",
+    "idk": "dataeff.cascades.idk.experiment:IdkExperiment",
     "skipnet": "dataeff.dynamic.skipnet.experiment:SkipNetExperiment",
 }
 
