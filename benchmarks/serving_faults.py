@@ -119,7 +119,7 @@ def deploy(port: int, layout: str, versions: dict[str, dict[str, Any]], queue: P
     """As `serve deploy` does: an application from a config; only what changed is touched."""
     human = layout == "colocated"
     args = {"artifact": "human1" if human else "fake1", "layout": layout, "name": "fake", "replicas": "2"}
-    args |= {"num_cpus": "0.1", "router_cpus": "0.1"}
+    args |= {"num_cpus": "0.1", "router_cpus": "0.1", "max_queue": "64", "max_rows": "64"}
     args |= {"human_queue": str(queue)} if human else {}
     args |= {"max_batch": revision} if revision else {}
     names = ["CascadeServer"] if human else ["CascadeServer", "Stage1", "Stage2", "Stage3"]

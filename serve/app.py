@@ -1,43 +1,36 @@
-"""Ray Serve applications: `serve run serve.app:model artifact=DIR`."""
+"""Ray Serve applications: `serve run serve.app:model artifact=DIR` and `serve run serve.app:cascade stages=DIR,DIR`."""
 
+import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
 from fastapi import FastAPI
-from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor, load, read_artifact
 from dataeff.core.config import parse_config
 from serve.batching import Batcher
-from serve.http import ServedModel, create_app
-from serve.limits import RETRY_AFTER_S, Limits
+from serve.cascade import Cascade, early_exit
+from serve.distributed import RemoteStages, StageServer
+from serve.drift import DriftAlarm
+from serve.http import create_app
+from serve.human import HumanQueue
+from serve.human_http import HumanDesk
+from serve.loading import Loader, load_cascade, load_stage
 from serve.metrics import Metrics
+from serve.models import ServedCascade, ServedModel
+from serve.options import CascadeOptions, ModelOptions, ServerOptions, deployment_settings, stage_settings
+from serve.versions import Version, Versions, parse_versions
 
+O = TypeVar("O", bound=ServerOptions)  # noqa: E741
 
-class ModelOptions(Limits):
-    """Arguments of `serve run serve.app:model`, each as `key=value`."""
-
-    artifact: str = Field(min_length=1, description="folder of an exported network")
-    name: str = Field("", pattern=r"^[\w.-]*$", description="model name in URLs; empty: the artifact's method")
-    max_batch: int = Field(64, ge=1, le=4096, description="most images that the network runs at once")
-    batch_wait_ms: float = Field(
-        3.0, ge=0, le=1000, description="longest that an image waits for company, milliseconds"
-    )
-    replicas: int = Field(1, ge=1, description="copies of the network")
-    num_cpus: float = Field(1.0, gt=0, description="CPU cores of each replica; whole ones become torch threads")
-
-    @model_validator(mode="after")
-    def _a_request_fits_the_queue(self) -> "ModelOptions":
-        if self.max_rows > self.max_queue:
-            raise ValueError(f"max_rows = {self.max_rows} must not exceed max_queue = {self.max_queue}")
-        return self
+DRIFT_EVERY = 200
 
 
 def model(args: dict[str, str]) -> Application:
@@ -48,10 +41,26 @@ def model(args: dict[str, str]) -> Application:
     """
     try:
         options = parse_options(args)
-        read_artifact(options.artifact)
+        for version in options.versions().values():
+            read_artifact(version.artifact)
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
-    return build(options)
+    return build(options, partial(load, device=options.device))
+
+
+def cascade(args: dict[str, str]) -> Application:
+    """Builder of the application that serves an IDK cascade; see `CascadeOptions` for its arguments.
+
+    Raises:
+        click.UsageError: as for `model`.
+    """
+    try:
+        options = parse_cascade_options(args)
+        for version in options.versions().values():
+            load_cascade(version, options.device, networks=False)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    return build_cascade(options)
 
 
 def parse_options(args: Mapping[str, Any]) -> ModelOptions:
@@ -60,49 +69,166 @@ def parse_options(args: Mapping[str, Any]) -> ModelOptions:
     Raises:
         ValueError: one line that names the wrong arguments and what is allowed.
     """
-    options = parse_config(ModelOptions, args, "serve.app:model")
-    return options.model_copy(update={"artifact": str(Path(options.artifact).resolve())})
+    return _parse(ModelOptions, args, "serve.app:model")
+
+
+def parse_cascade_options(args: Mapping[str, Any]) -> CascadeOptions:
+    """As `parse_options`, for a cascade."""
+    return _parse(CascadeOptions, args, "serve.app:cascade")
+
+
+def _parse(schema: type[O], args: Mapping[str, Any], where: str) -> O:
+    options = parse_config(schema, args, where)
+    absolute = {name: _absolute(getattr(options, name)) for name in options.paths if getattr(options, name)}
+    return options.model_copy(update=absolute)
+
+
+def _absolute(folders: str) -> str:
+    return ",".join(str(Path(folder.strip()).resolve()) for folder in folders.split(","))
 
 
 def build(options: ModelOptions, load: Callable[[str], Predictor] = load) -> Application:
     """The application for `options`; `load` turns the artifact folder into a predictor inside each replica."""
-    deployment = serve.deployment(
-        name="ModelServer",
-        num_replicas=options.replicas,
-        ray_actor_options={"num_cpus": options.num_cpus},
-        # A replica refuses by itself, counting images. Serve's own limits stand above that, so that health checks still
-        # reach a replica whose queue is full, and bound what waits in the proxy.
-        max_ongoing_requests=2 * options.max_queue + 64,
-        max_queued_requests=options.max_queue,
-        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
-    )
+    deployment = serve.deployment(**deployment_settings("ModelServer", options))
     application: Application = deployment(serve.ingress()(ModelServer)).bind(options, load)
     return application
 
 
-class ModelServer:
-    """One replica: a predictor, its batches and its HTTP application."""
+def build_cascade(options: CascadeOptions, loader: Loader | None = None) -> Application:
+    """The application for a cascade in either layout; `loader` is used inside the replicas."""
+    loader = loader or Loader(partial(load_cascade, device=options.device), partial(load_stage, device=options.device))
+    if options.layout == "colocated":
+        deployment = serve.deployment(**deployment_settings("CascadeServer", options))
+        application: Application = deployment(serve.ingress()(CascadeServer)).bind(options, loader)
+        return application
+    stages = [
+        serve.deployment(**stage_settings(options, number))(StageServer).bind(options, number, loader)
+        for number in range(options.stage_count(loader.cascade))
+    ]
+    router = serve.deployment(**deployment_settings("CascadeServer", options, cpus=options.router_cpus))
+    distributed: Application = router(serve.ingress()(DistributedServer)).bind(options, loader, stages)
+    return distributed
 
-    def __init__(self, options: ModelOptions, load: Callable[[str], Predictor]) -> None:
+
+class Server:
+    """One replica: its versions, its metrics and its HTTP application; subclasses load versions."""
+
+    def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        threads = max(1, int(options.num_cpus))
-        torch.set_num_threads(threads)
-        self.predictor = load(options.artifact)
-        card = self.predictor.card
-        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, card.cost["full_macs"])
-        self.batcher = Batcher(self.run, options.max_batch, options.batch_wait_ms / 1000)
-        self.served = ServedModel(options.name or card.method, self.predictor, self.batcher.predict, threads)
-        # The first run allocates and tunes; no client should wait for it.
-        self.predictor.predict(torch.zeros(1, *self.predictor.input_shape))
+        self.threads = max(1, int(options.num_cpus))
+        torch.set_num_threads(self.threads)
+        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
+        self.versions = Versions(options.name, self.load_version, options.timeout_s)
+        self.human: HumanDesk | None = None
+        self._applying: asyncio.Task[None] | None = None
 
-    def run(self, images: Tensor, budgets: Tensor) -> Prediction:
-        with torch.inference_mode():
-            prediction = self.predictor.predict(images, None if budgets.isinf().all() else budgets)
-        self.metrics.batch(prediction)
-        return prediction
+    async def load_version(self, name: str, source: Version) -> ServedModel:
+        raise NotImplementedError
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve with the version table: before the replica is ready, and after every change of the table.
+
+        A change returns at once, because a replica gets no requests while it is being reconfigured; the new version
+        takes over when it is loaded.
+        """
+        wanted = parse_versions(user_config)
+        if self.versions:
+            self._applying = asyncio.create_task(self.versions.apply(wanted))
+            return
+        await self.versions.apply(wanted)
+        if self.human:
+            self.human.start()
 
     def check_health(self) -> None:
-        self.batcher.check()
+        self.versions.check()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.served, self.options, self.metrics)
+        token = self.options.token()
+        return create_app(self.versions, self.options, self.metrics, self.human, token, self.threads)
+
+
+class ModelServer(Server):
+    """One replica of one network."""
+
+    def __init__(self, options: ModelOptions, load: Callable[[str], Predictor]) -> None:
+        super().__init__(options)
+        self._load = load
+
+    async def load_version(self, name: str, source: Version) -> ServedModel:
+        predictor = await asyncio.to_thread(self._load, source.artifact)
+        full_macs = predictor.card.cost["full_macs"]
+
+        def run(images: Tensor, budgets: Tensor) -> Prediction:
+            with torch.inference_mode():
+                prediction = predictor.predict(images, None if budgets.isinf().all() else budgets)
+            self.metrics.batch(prediction, full_macs, name)
+            return prediction
+
+        # The first run allocates and tunes; no client should wait for it.
+        await asyncio.to_thread(predictor.predict, torch.zeros(1, *predictor.input_shape))
+        batcher = Batcher(run, self.options.max_batch, self.options.batch_wait_ms / 1000)
+        return ServedModel(predictor, batcher.predict, batcher.close, batcher.check)
+
+
+class CascadeServer(Server):
+    """One replica of a whole cascade: images that are answered early leave the batch."""
+
+    options: CascadeOptions
+
+    def __init__(self, options: CascadeOptions, loader: Loader) -> None:
+        super().__init__(options)
+        self._loader = loader
+        self.human = self._desk(options) if options.human_queue else None
+
+    def _desk(self, options: CascadeOptions) -> HumanDesk:
+        queue = HumanQueue(options.human_queue, options.human_lease_s, options.human_timeout_s, options.human_max_open)
+        hosts = [host.strip() for host in options.webhook_hosts.split(",") if host.strip()]
+        return HumanDesk(queue, lambda: self.versions.any().predictor.card.classes, hosts, options.human_export)
+
+    async def load_version(self, name: str, source: Version) -> ServedModel:
+        cascade = await asyncio.to_thread(self._loader.cascade, source)
+        for stage in cascade.stages:
+            await asyncio.to_thread(stage.predict, torch.zeros(1, *cascade.input_shape))
+        served: ServedCascade
+
+        def run(images: Tensor, thresholds: Tensor) -> Prediction:
+            with torch.inference_mode():
+                prediction = early_exit(cascade, images, thresholds)
+            self.count(served, name, prediction, thresholds)
+            return prediction
+
+        batcher = Batcher(run, self.options.max_batch, self.options.batch_wait_ms / 1000)
+        alarm = DriftAlarm(cascade.calibrated)
+        served = ServedCascade(cascade, batcher.predict, batcher.close, batcher.check, alarm)
+        return served
+
+    def count(self, served: ServedCascade, version: str, prediction: Any, thresholds: Tensor) -> None:
+        self.metrics.batch(prediction, served.cascade.costs[-1], version)
+        before = served.alarm.added // DRIFT_EVERY
+        served.observe(prediction, thresholds)
+        if served.alarm.added // DRIFT_EVERY > before:
+            self.metrics.drift(served.alarm.report(version), version)
+
+
+class DistributedServer(CascadeServer):
+    """The front of a cascade whose stages are deployments of their own."""
+
+    def __init__(self, options: CascadeOptions, loader: Loader, stages: list[Any]) -> None:
+        super().__init__(options, loader)
+        self._stages = stages
+
+    async def load_version(self, name: str, source: Version) -> ServedModel:
+        cascade: Cascade = await asyncio.to_thread(self._loader.cascade, source, networks=False)
+        remote = RemoteStages(
+            cascade, self._stages, source.key, self.options.stage_timeout_s, self.options.on_stage_failure
+        )
+        await remote.ready()
+        served: ServedCascade
+
+        async def predict(images: Tensor, thresholds: Tensor) -> Prediction:
+            prediction = await remote.predict(images, thresholds)
+            self.count(served, name, prediction, thresholds)
+            return prediction
+
+        served = ServedCascade(cascade, predict, alarm=DriftAlarm(cascade.calibrated))
+        return served

@@ -1,140 +1,109 @@
-"""The HTTP face of a served network: a plain FastAPI application over a `predict` coroutine; it knows nothing of Ray.
+"""The HTTP face of a served network: a plain FastAPI application over `predict` coroutines; it knows nothing of Ray.
 
-Routes: Open Inference Protocol v2 under `/v2`, `POST /predict` for a plain image, `/metrics` and a page at `/`.
+Routes: Open Inference Protocol v2 under `/v2`, `POST /predict` for a plain image, `/metrics`, `/stats`, a page at `/`,
+and with a human stage `/tickets` and the page `/human`.
 """
 
 import asyncio
+import hmac
 import html
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 import dataeff
-from dataeff.core.artifact import Prediction, Predictor
 from serve import protocol
+from serve.cascade import CascadePrediction
+from serve.human_http import HumanDesk, human_page, human_router
 from serve.limits import (
     RETRY_AFTER_S,
     Admission,
     Limits,
     RequestError,
     Ticket,
-    check_budget,
+    Wishes,
     check_image_type,
+    check_key,
     check_pixels,
     check_rows,
     decode_image,
     media_type,
-    parse_budget,
+    parse_wishes,
     read_body,
 )
 from serve.metrics import Metrics
-from serve.protocol import TensorSpec
+from serve.models import ServedModel
+from serve.openapi import INFERRED, PREDICTED, QUEUED, complete, error_responses
+from serve.versions import Versions
 
-VERSION = "1"
-TOP = 5
 _INFER_TYPES = ("", protocol.JSON, protocol.BINARY)
+_ANSWER_ERRORS = error_responses(400, 413, 415, 500, 503, 504)
 
 logger = logging.getLogger("ray.serve")
 
-PredictRows = Callable[[Tensor, Tensor], Awaitable[Prediction]]
 
+def create_app(
+    versions: Versions,
+    limits: Limits,
+    metrics: Metrics,
+    human: HumanDesk | None = None,
+    token: str | None = None,
+    decoding_threads: int = 1,
+) -> FastAPI:
+    """The FastAPI application of one model and its versions.
 
-@dataclass
-class ServedModel:
-    """A network behind HTTP; `predict` answers rows: float32 [B, C, H, W] and float64 [B] multiply-adds allowed."""
-
-    name: str
-    predictor: Predictor
-    predict: PredictRows
-    decoding_threads: int = 1
-    decoder: ThreadPoolExecutor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.decoder = ThreadPoolExecutor(self.decoding_threads, thread_name_prefix="decode")
-
-    @property
-    def full_macs(self) -> float:
-        return self.predictor.card.cost["full_macs"]
-
-    def inputs(self) -> list[TensorSpec]:
-        channels, height, width = self.predictor.input_shape
-        shapes = {"FP32": (-1, channels, height, width)}
-        if channels in (1, 3):
-            shapes = {"UINT8": (-1, channels, -1, -1)} | shapes
-        return [
-            TensorSpec(
-                "images", shapes, description="UINT8: raw pixels, preprocessed here; FP32: already preprocessed"
-            ),
-            TensorSpec(
-                "budget",
-                {"FP64": (-1,), "FP32": (-1,)},
-                optional=True,
-                description="for each image, a fraction (0, 1] of the full network's multiply-adds",
-            ),
-        ]
-
-    def outputs(self) -> list[TensorSpec]:
-        return [
-            TensorSpec("probabilities", {"FP32": (-1, len(self.predictor.card.classes))}),
-            TensorSpec("label", {"INT64": (-1,)}),
-            TensorSpec("macs", {"FP64": (-1,)}, description="multiply-adds spent on each image"),
-            TensorSpec("path", {"BOOL": (-1, len(self.predictor.path_names))}, description="which optional blocks ran"),
-        ]
-
-    def metadata(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "versions": [VERSION],
-            "platform": "dataeff",
-            "inputs": [spec.metadata() for spec in self.inputs()],
-            "outputs": [spec.metadata() for spec in self.outputs()],
-        }
-
-    def budgets(self, fractions: NDArray[Any]) -> Tensor:
-        """Fractions of the full network as multiply-adds, float64 [B]; infinite stays infinite."""
-        return torch.from_numpy(fractions.astype(np.float64) * self.full_macs)
-
-
-def create_app(model: ServedModel, limits: Limits, metrics: Metrics) -> FastAPI:
-    """The FastAPI application of one network."""
-    app = FastAPI(title=f"dataeff: {model.name}", version=dataeff.__version__)
+    Args:
+        human: the queue of a cascade's last stage.
+        token: asked for as `Authorization: Bearer TOKEN` everywhere but at `/v2/health` and on the empty pages.
+        decoding_threads: threads that decode images.
+    """
+    app = FastAPI(title="dataeff", version=dataeff.__version__, redoc_url=None)
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    guarded = APIRouter(dependencies=[Depends(_token_check(token))] if token else [])
+    denied = error_responses(401) if token else {}
     admission = Admission(limits.max_queue)
-    decoder = model.decoder
+    decoder = ThreadPoolExecutor(decoding_threads, thread_name_prefix="decode")
 
-    async def answer(endpoint: str, work: Callable[[Ticket], Awaitable[Response]]) -> Response:
-        """Run `work` within the queue and time limits; every failure becomes a status and a sentence."""
-        started, response = time.perf_counter(), None
+    async def answer(endpoint: str, work: Callable[[Ticket, dict[str, Any]], Awaitable[Response]]) -> Response:
+        """Run `work` within the queue: every failure becomes a status and a sentence, every request a log line."""
+        started, response, notes = time.perf_counter(), None, dict[str, Any]()
         try:
             with admission.hold() as ticket:
                 async with asyncio.timeout(limits.timeout_s):
-                    response = await work(ticket)
+                    response = await work(ticket, notes)
         except RequestError as error:
             response = error_response(error.status, error.message)
         except TimeoutError:
-            response = error_response(
-                504, f"no answer within {limits.timeout_s:g} seconds; send fewer images or try later"
-            )
+            limit = min(limits.timeout_s, notes.get("timeout_s") or limits.timeout_s)
+            response = error_response(504, f"no answer within {limit:g} seconds; send fewer images or try later")
         except Exception:
             logger.exception("%s failed", endpoint)
             response = error_response(500, "the server failed on this request; its log has the details")
         finally:
             # 499 as in the proxy's own counts: the client left, which cancels this coroutine.
             status = response.status_code if response else 499
-            metrics.answered(endpoint, status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            metrics.answered(endpoint, status, seconds)
+            # No image content, no addresses, no tokens: only what was asked of the model and what it cost.
+            line = {"endpoint": endpoint, "status": status, "milliseconds": round(seconds * 1000, 1)} | notes
+            fields = {key: value for key, value in line.items() if value is not None}
+            logger.info("answered", extra=fields | {"log_to_stderr": False})  # Ray's key: the log file has the fields
         return response
 
     async def body_of(request: Request) -> bytes:
@@ -146,25 +115,50 @@ def create_app(model: ServedModel, limits: Limits, metrics: Metrics) -> FastAPI:
     async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(decoder, function, *arguments)
 
-    @app.post("/predict", summary="Classify one PNG, JPEG or WebP body; ?budget=FRACTION bounds its multiply-adds")
+    def wishes_of(request: Request, key: str | None) -> tuple[str, ServedModel, Wishes]:
+        known: tuple[str, ...] = versions.any().wishes + (("allow_human", "webhook") if human else ())
+        # Where there is a person, the person is asked unless the request says otherwise.
+        usual = {"allow_human": "true"} if human else {}
+        wishes = parse_wishes(usual | dict(request.query_params), known)
+        version = versions.choose(key) if wishes.version is None else wishes.version
+        if human:
+            human.check_webhook(wishes.webhook)
+        return version, versions.get(version), wishes
+
+    @guarded.post(
+        "/predict",
+        summary="Classify one PNG, JPEG or WebP body",
+        responses={200: PREDICTED, **({202: QUEUED} if human else {}), **_ANSWER_ERRORS, **error_responses(404, 409)},
+    )
     async def predict(request: Request) -> Response:
-        async def work(ticket: Ticket) -> Response:
+        async def work(ticket: Ticket, notes: dict[str, Any]) -> Response:
             check_image_type(request.headers.get("content-type"))
-            unknown = set(request.query_params) - {"budget"}
-            if unknown:
-                raise RequestError(400, f"unknown query parameter {min(unknown)[:40]!r}; known: budget")
-            fraction = parse_budget(request.query_params.get("budget"))
-            inputs = await in_thread(_preprocess_body, model, await body_of(request), limits)
-            prediction = await model.predict(inputs, model.budgets(np.array([fraction])))
-            return JSONResponse(describe(model, prediction))
+            key = check_key(request.headers.get("idempotency-key"))
+            version, model, wishes = wishes_of(request, key)
+            notes |= {"version": version, "timeout_s": wishes.timeout_s}
+            async with asyncio.timeout(wishes.timeout_s):
+                body = await body_of(request)
+                inputs = await in_thread(_preprocess_body, model, body, limits)
+                prediction = await model.predict(inputs, model.settings(wishes)[None])
+            found = model.describe(prediction) | {"version": version}
+            notes |= {name: found[name] for name in ("label", "macs", "stage") if name in found}
+            if isinstance(prediction, CascadePrediction) and prediction.idk[0] and human:
+                return await ask_a_person(human, body, found, key, wishes.webhook)
+            return JSONResponse(found)
 
         return await answer("predict", work)
 
-    @app.post("/v2/models/{name}/infer", summary="Inference, Open Inference Protocol v2")
-    @app.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False)
-    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
-        async def work(ticket: Ticket) -> Response:
-            check_model(name, version)
+    @guarded.post(
+        "/v2/models/{name}/infer",
+        summary="Inference, Open Inference Protocol v2",
+        responses={200: INFERRED, **_ANSWER_ERRORS, **error_responses(404)},
+    )
+    @guarded.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False)
+    async def infer(request: Request, name: str, version: str | None = None) -> Response:
+        async def work(ticket: Ticket, notes: dict[str, Any]) -> Response:
+            check_name(name)
+            chosen = versions.choose(check_key(request.headers.get("idempotency-key"))) if version is None else version
+            model = versions.get(chosen)
             kind = media_type(request.headers.get("content-type"))
             if kind not in _INFER_TYPES:
                 raise RequestError(415, f"Content-Type {kind[:60]!r}: send {protocol.JSON} or {protocol.BINARY}")
@@ -174,21 +168,20 @@ def create_app(model: ServedModel, limits: Limits, metrics: Metrics) -> FastAPI:
             images = wanted.inputs["images"]
             check_rows(len(images), limits)
             ticket.grow(len(images))
-            fractions = _fractions(wanted.inputs.get("budget"), len(images))
+            settings = model.settings_of_rows(wanted.inputs, len(images))
             inputs = await in_thread(_preprocess_tensor, model, images, limits)
-            prediction = await model.predict(inputs, model.budgets(fractions))
-            content, headers = protocol.encode_response(wanted, _arrays(prediction), model.name, VERSION)
+            prediction = await model.predict(inputs, settings)
+            notes |= {"version": chosen, "rows": len(images), "macs": float(prediction.macs.sum())}
+            content, headers = protocol.encode_response(wanted, model.arrays(prediction), versions.name, chosen)
             return Response(content, headers=headers)
 
         return await answer("infer", work)
 
-    def check_model(name: str, version: str) -> None:
-        if name != model.name:
-            raise RequestError(404, f"unknown model {name[:60]!r}; this server has {model.name!r}")
-        if version != VERSION:
-            raise RequestError(404, f"model {model.name!r} has no version {version[:20]!r}; it has {VERSION!r}")
+    def check_name(name: str) -> None:
+        if name != versions.name:
+            raise RequestError(404, f"unknown model {name[:60]!r}; this server has {versions.name!r}")
 
-    @app.get("/v2", summary="Server metadata")
+    @guarded.get("/v2", summary="Server metadata", responses=denied)
     async def server() -> dict[str, Any]:
         return {"name": "dataeff", "version": dataeff.__version__, "extensions": ["binary_tensor_data"]}
 
@@ -200,64 +193,136 @@ def create_app(model: ServedModel, limits: Limits, metrics: Metrics) -> FastAPI:
     async def ready() -> dict[str, bool]:
         return {"ready": True}
 
-    @app.get("/v2/models/{name}", summary="Model metadata")
-    @app.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
-    async def model_metadata(name: str, version: str = VERSION) -> dict[str, Any]:
-        check_model(name, version)
-        return model.metadata()
+    @guarded.get("/v2/models/{name}", summary="Model metadata", responses=error_responses(404))
+    @guarded.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
+    async def model_metadata(name: str, version: str | None = None) -> dict[str, Any]:
+        check_name(name)
+        model = versions.any() if version is None else versions.get(version)
+        return {
+            "name": versions.name,
+            "versions": list(versions),
+            "platform": "dataeff",
+            "inputs": [spec.metadata() for spec in model.inputs()],
+            "outputs": [spec.metadata() for spec in model.outputs()],
+        }
 
-    @app.get("/v2/models/{name}/ready", summary="The model is loaded")
-    @app.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
-    async def model_ready(name: str, version: str = VERSION) -> dict[str, Any]:
-        check_model(name, version)
-        return {"name": model.name, "ready": True}
+    @guarded.get("/v2/models/{name}/ready", summary="The model is loaded", responses=error_responses(404))
+    @guarded.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
+    async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
+        check_name(name)
+        if version is not None:
+            versions.get(version)
+        return {"name": versions.name, "ready": True}
 
-    @app.get("/metrics", summary="Prometheus metrics of the replica that answers")
+    @guarded.get(
+        "/metrics",
+        summary="Prometheus metrics of the replica that answers",
+        responses={200: {"content": {"text/plain": {}}}},
+        response_class=Response,
+    )
     async def show_metrics() -> Response:
+        if human:
+            metrics.tickets(await asyncio.to_thread(human.queue.counts))
         return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @guarded.get("/stats", summary="Versions, and rates of a cascade's stages at the replica that answers")
+    async def stats() -> dict[str, Any]:
+        return {
+            "model": versions.name,
+            "classes": versions.any().predictor.card.classes,
+            "versions": {
+                version: {"weight": weight} | versions.get(version).stats()
+                for version, weight in versions.weights().items()
+            },
+            "failed": versions.failed,
+        }
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(index_page(model))
+        return HTMLResponse(index_page(versions, human is not None, hidden=token is not None))
+
+    if human:
+        guarded.include_router(human_router(human, error_responses))
+        app.add_api_route("/human", human_page, include_in_schema=False, response_class=HTMLResponse)
+    app.include_router(guarded, responses=denied)
+    app.openapi = complete(  # type: ignore[method-assign]
+        app, versions, human is not None, bool(human and human.hosts)
+    )
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
-        return error_response(error.status, error.message)
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+        return error_response(error.status, error.message, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_fields(request: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        return error_response(400, f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}")
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return error_response(error.status_code, message, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request))  # Starlette names those of the first route only
+        return error_response(error.status_code, message, headers)
 
     return app
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Methods that some route has for the path of a request."""
+    reached = [route for route in app.router.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in reached for method in getattr(route, "methods", ())})
+
+
+class BodyLimit:
+    """Stops reading a body that grows beyond `max_bytes`, for the routes whose bodies FastAPI reads."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_bytes:
+                raise RequestError(413, f"the body is larger than {self.max_bytes} bytes; send less")
+            return message
+
+        await self.app(scope, limited if scope["type"] == "http" else receive, send)
+
+
+def _token_check(token: str) -> Callable[..., Awaitable[None]]:
+    given_by_client = Depends(HTTPBearer(auto_error=False))
+
+    async def check(given: HTTPAuthorizationCredentials | None = given_by_client) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise RequestError(401, "the bearer token is missing or wrong; send Authorization: Bearer TOKEN")
+
+    return check
+
+
+async def ask_a_person(
+    human: HumanDesk, body: bytes, found: dict[str, Any], key: str | None, webhook: str | None
+) -> Response:
+    """202 with a ticket, or the networks' answer if the queue is full."""
+    human.start()
+    ticket, reason = await human.add(body, found, key, webhook)
+    if ticket is None:
+        return JSONResponse(found | {"degraded": True, "human": reason})
+    return JSONResponse(found | {"ticket": ticket.id, "provisional_label": ticket.provisional}, 202)
 
 
 def error_response(status: int, message: str, headers: Any = None) -> JSONResponse:
     """`{"error": message}`, and when to come back where the server was busy."""
     headers = dict(headers or {})
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_S)
     return JSONResponse({"error": message}, status, headers)
-
-
-def describe(model: ServedModel, prediction: Prediction) -> dict[str, Any]:
-    """The answer of `/predict` for a prediction of one image."""
-    classes = model.predictor.card.classes
-    top = prediction.probabilities[0].topk(min(TOP, len(classes)))
-    ranked = [
-        {"label": label, "class": classes[label], "probability": probability}
-        for probability, label in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
-    macs = prediction.macs[0].item()
-    ran = prediction.path[0].tolist()
-    return ranked[0] | {
-        "top": ranked,
-        "macs": macs,
-        "full_macs": model.full_macs,
-        "reduction": 1 - macs / model.full_macs,
-        "blocks": {"executed": sum(ran), "total": len(ran)},
-        "path": [name for name, executed in zip(model.predictor.path_names, ran, strict=True) if executed],
-    }
 
 
 def _preprocess_body(model: ServedModel, body: bytes, limits: Limits) -> Tensor:
@@ -276,39 +341,22 @@ def _preprocess_tensor(model: ServedModel, images: NDArray[Any], limits: Limits)
     return model.predictor.preprocess([PIL.Image.fromarray(layer) for layer in layers])
 
 
-def _fractions(budget: NDArray[Any] | None, rows: int) -> NDArray[Any]:
-    if budget is None:
-        return np.full(rows, math.inf)
-    if len(budget) != rows:
-        raise RequestError(400, f"input 'budget' has {len(budget)} values for {rows} images; send one for each")
-    for fraction in (budget.min(), budget.max()):
-        check_budget(float(fraction))
-    return budget
-
-
-def _arrays(prediction: Prediction) -> dict[str, tuple[str, NDArray[Any]]]:
-    return {
-        "probabilities": ("FP32", prediction.probabilities.numpy()),
-        "label": ("INT64", prediction.probabilities.argmax(1).numpy()),
-        "macs": ("FP64", prediction.macs.numpy()),
-        "path": ("BOOL", prediction.path.numpy()),
-    }
-
-
-def index_page(model: ServedModel) -> str:
-    """A small page: what is served here and how to ask it."""
-    card = model.predictor.card
-    rows = {
+def index_page(versions: Versions, human: bool, hidden: bool) -> str:
+    """A small page: what is served here and how to ask it; behind a token, only how."""
+    card = versions.any().predictor.card
+    rows: dict[str, Any] = {} if hidden else {
         "method": card.method,
+        "versions": ", ".join(versions),
         "classes": ", ".join(card.classes[:50]),
-        "input (C, H, W)": model.predictor.input_shape,
+        "input (C, H, W)": card.input_shape,
         "data": ", ".join(f"{key} {value}" for key, value in card.data.items()),
         **{f"test {key}": f"{value:.4g}" for key, value in card.metrics.items()},
         **{key: f"{value:,.0f}" for key, value in card.cost.items()},
-    }
+    }  # fmt: skip
     table = "".join(f"<tr><th>{html.escape(str(key))}<td>{html.escape(str(value))}" for key, value in rows.items())
-    name = html.escape(model.name)
-    links = "".join(f'<li><a href="{path}">{path}</a>' for path in (f"v2/models/{name}", "metrics", "docs"))
+    name = html.escape(versions.name)
+    pages = [f"v2/models/{name}", "stats", "metrics", "docs", *(["human"] if human else [])]
+    links = "".join(f'<li><a href="{path}">{path}</a>' for path in pages)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><h1>{name}</h1>"
         "<p>Send a picture: <code>curl --data-binary @image.png -H 'Content-Type: image/png' .../predict</code>"

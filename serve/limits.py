@@ -4,11 +4,14 @@ Every check raises `RequestError`, which becomes one HTTP status and one sentenc
 """
 
 import math
-from collections.abc import AsyncIterable, Iterator
+import re
+from collections.abc import AsyncIterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 
 import PIL.Image
+import PIL.ImageOps
 from pydantic import Field
 
 from dataeff.core.config import Config
@@ -16,6 +19,11 @@ from dataeff.core.config import Config
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 RETRY_AFTER_S = 1
+LEAST_TIMEOUT_S = 1.0
+MAX_KEY = 200
+# A longer strip is cut to this many times its width before it is scaled up to cover the network's input: only its
+# centre is looked at, and a strip of 1 x 16,000,000 pixels would become half a gigapixel.
+MAX_ASPECT = 64
 
 
 class RequestError(Exception):
@@ -82,6 +90,13 @@ async def read_body(chunks: AsyncIterable[bytes], declared: str | None, max_byte
     return bytes(body)
 
 
+def check_key(key: str | None) -> str | None:
+    """An `Idempotency-Key`, refused with 400 if it is longer than `MAX_KEY` or not plain."""
+    if key is not None and not re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}", key):
+        raise RequestError(400, f"Idempotency-Key: send 1 to {MAX_KEY} letters, digits, - and _")
+    return key
+
+
 def media_type(content_type: str | None) -> str:
     """`"Image/PNG; q=1"` as `"image/png"`; empty if there is none."""
     return (content_type or "").partition(";")[0].strip().lower()
@@ -96,7 +111,7 @@ def check_image_type(content_type: str | None) -> None:
 
 
 def decode_image(body: bytes, limits: Limits) -> PIL.Image.Image:
-    """Decode a PNG, JPEG or WebP body.
+    """Decode a PNG, JPEG or WebP body to what a viewer shows: the first frame, turned as its EXIF orientation says.
 
     The size in the header is checked before any pixel is decoded; Pillow bounds compressed text and profiles.
 
@@ -110,6 +125,7 @@ def decode_image(body: bytes, limits: Limits) -> PIL.Image.Image:
         image = PIL.Image.open(BytesIO(body), formats=IMAGE_FORMATS)
         check_pixels(math.prod(image.size), limits)
         image.load()
+        return _without_long_ends(_upright(image))
     except RequestError:
         raise
     except PIL.Image.DecompressionBombError:
@@ -119,7 +135,22 @@ def decode_image(body: bytes, limits: Limits) -> PIL.Image.Image:
     # Pillow's decoders report damage through many types (OSError, SyntaxError, ValueError, struct.error, ...).
     except Exception:
         raise unreadable from None
-    return image
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    except Exception:  # as above; viewers show a picture with damaged metadata as it is stored
+        return image
+
+
+def _without_long_ends(image: PIL.Image.Image) -> PIL.Image.Image:
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, min(width, left + longest), min(height, top + longest)))
 
 
 def check_pixels(pixels: int, limits: Limits) -> None:
@@ -132,21 +163,89 @@ def check_rows(rows: int, limits: Limits) -> None:
         raise RequestError(400, f"{rows} images in one request; send 1 to {limits.max_rows}")
 
 
-def check_budget(fraction: float) -> float:
-    """A budget as a fraction of the full network's multiply-adds, in (0, 1]."""
-    if not 0 < fraction <= 1:
-        raise RequestError(
-            400, f"budget = {fraction:g}; give the fraction of the full network's work allowed, above 0 and up to 1"
-        )
-    return fraction
+@dataclass(frozen=True)
+class Wishes:
+    """What one request asks for besides its image; None: as the server is set.
+
+    budget: fraction of the full network's multiply-adds. accuracy_goal, cost_goal: a point on the stored calibration
+    curve, the cost relative to the last stage's. max_stage: the last stage that may run, from 1. allow_human: a person
+    may be asked, behind the last stage.
+    """
+
+    budget: float | None = None
+    accuracy_goal: float | None = None
+    cost_goal: float | None = None
+    max_stage: int | None = None
+    allow_human: bool = False
+    timeout_s: float | None = None
+    version: str | None = None
+    webhook: str | None = None
 
 
-def parse_budget(text: str | None) -> float:
-    """The `budget` of a query string as a fraction; infinite, no limit, if there is none."""
-    if text is None:
-        return math.inf
+def parse_wishes(query: Mapping[str, str], known: tuple[str, ...]) -> Wishes:
+    """The wishes in a query string, of those in `known`.
+
+    Raises:
+        RequestError: 400 for an unknown parameter, or one out of its range.
+    """
+    unknown = sorted(set(query) - set(known))
+    if unknown:
+        raise RequestError(400, f"unknown query parameter {unknown[0][:40]!r}; known: {', '.join(known)}")
+    fields = {name: WISHES[name](name, text) for name, text in query.items()}
+    return Wishes(**fields)
+
+
+def _above_zero(name: str, text: str) -> float:
+    value = _number(name, text)
+    if not 0 < value < math.inf:
+        raise RequestError(400, f"{name} = {text[:40]}; give a number above 0")
+    return value
+
+
+def _timeout(name: str, text: str) -> float:
+    value = _number(name, text)
+    if not value >= LEAST_TIMEOUT_S:
+        raise RequestError(400, f"{name} = {text[:40]}; give at least {LEAST_TIMEOUT_S:g} second")
+    return value
+
+
+def _fraction(name: str, text: str) -> float:
+    return check_fraction(name, _number(name, text))
+
+
+def _whole(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise RequestError(400, f"{name} = {text[:40]!r}; give a whole number from 1")
+    return int(text)
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise RequestError(400, f"{name} = {text[:40]!r}; give true or false")
+    return text == "true"
+
+
+def _number(name: str, text: str) -> float:
     try:
-        fraction = float(text)
+        return float(text)
     except ValueError:
-        raise RequestError(400, f"budget = {text[:40]!r} is no number; give a fraction above 0 and up to 1") from None
-    return check_budget(fraction)
+        raise RequestError(400, f"{name} = {text[:40]!r} is no number; give a number above 0") from None
+
+
+WISHES = {
+    "budget": _fraction,
+    "accuracy_goal": _fraction,
+    "cost_goal": _above_zero,
+    "max_stage": _whole,
+    "allow_human": _switch,
+    "timeout_s": _timeout,
+    "version": lambda name, text: text,
+    "webhook": lambda name, text: text,
+}
+
+
+def check_fraction(name: str, value: float) -> float:
+    """A value in (0, 1], such as a budget as a fraction of the full network's multiply-adds."""
+    if not 0 < value <= 1:
+        raise RequestError(400, f"{name} = {value:g}; give a fraction above 0 and up to 1")
+    return value

@@ -168,6 +168,8 @@ def _from_json(name: str, datatype: str, shape: Sequence[int], data: object) -> 
         values = np.array(None)
     if values.size == 0:
         values = values.astype(dtype)
+    if dtype.kind in "ui" and values.dtype.kind == "f" and (values == np.floor(values)).all():
+        values = values.clip(-(2.0**53), 2.0**53).astype(np.int64)  # JSON has one kind of number: 98.0 is whole
     kinds = {"b": "b", "u": "ui", "i": "ui", "f": "uif"}[dtype.kind]
     if values.dtype.kind not in kinds:
         raise RequestError(400, f"input {name!r}: 'data' must be {datatype} numbers in a list, flat or nested")

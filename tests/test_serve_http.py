@@ -17,9 +17,11 @@ import torch
 
 from dataeff.core.artifact import Prediction
 from serve.batching import Batcher
-from serve.http import ServedModel, create_app
+from serve.http import create_app
 from serve.limits import Limits
 from serve.metrics import Metrics
+from serve.models import ServedModel
+from serve.versions import Versions
 from tests.serve_fakes import BASE_MACS, CLASSES, FULL_MACS, POISON, FakePredictor, encoded, picture
 
 T = TypeVar("T")
@@ -37,15 +39,16 @@ def with_client(
 ) -> T:
     """Run `scenario` with a client of an application over a fake network with batches of up to 4 images."""
     predictor = predictor or FakePredictor()
-    metrics = Metrics("r1", FULL_MACS)
+    metrics = Metrics("r1")
 
     def run(images: torch.Tensor, budgets: torch.Tensor) -> Prediction:
         prediction = predictor.predict(images, budgets)
-        metrics.batch(prediction)
+        metrics.batch(prediction, FULL_MACS)
         return prediction
 
     async def main() -> T:
-        app = create_app(ServedModel("fake", predictor, Batcher(run, 4, wait_s).predict), limits, metrics)
+        versions = Versions.of("fake", ServedModel(predictor, Batcher(run, 4, wait_s).predict))
+        app = create_app(versions, limits, metrics)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await scenario(client)
@@ -443,9 +446,9 @@ def test_metrics_add_up_to_the_requests_and_work_of_the_answers() -> None:
     values = {key: float(value) for key, value in samples.items()}
     assert values['dataeff_requests_total{endpoint="infer",replica="r1",status="200"}'] == 1
     assert values['dataeff_requests_total{endpoint="predict",replica="r1",status="400"}'] == 1
-    assert values['dataeff_macs_spent_total{replica="r1"}'] == macs
-    assert values['dataeff_macs_saved_total{replica="r1"}'] == 6 * FULL_MACS - macs
-    assert values['dataeff_blocks_executed_total{replica="r1"}'] == executed
-    assert values['dataeff_blocks_total{replica="r1"}'] == 18
-    assert values['dataeff_batch_rows_sum{replica="r1"}'] == 6
+    assert values['dataeff_macs_spent_total{replica="r1",version="1"}'] == macs
+    assert values['dataeff_macs_saved_total{replica="r1",version="1"}'] == 6 * FULL_MACS - macs
+    assert values['dataeff_blocks_executed_total{replica="r1",version="1"}'] == executed
+    assert values['dataeff_blocks_total{replica="r1",version="1"}'] == 18
+    assert values['dataeff_batch_rows_sum{replica="r1",version="1"}'] == 6
     assert values['dataeff_request_seconds_count{endpoint="infer",replica="r1"}'] == 1
