@@ -185,6 +185,9 @@ class StudySearch(Searcher):
         self.study = study
         self.spaces = spaces
         self.objectives = objectives
+        if len(spaces) > 1 and not study.trials:  # every family once before the sampler chooses among them
+            for family in spaces:
+                study.enqueue_trial({"family": family})
         self.interrupted = [trial.number for trial in study.get_trials(states=(TrialState.RUNNING,))]
         self.numbers: dict[str, int] = {}
         self.lock = threading.Lock()

@@ -141,6 +141,7 @@ def test_several_families_are_searched_each_by_its_own_settings(tmp_path: Path) 
 
     first = search()
     suggested = [first.suggest(str(number)) for number in range(12)]
+    assert [options["family"] for options in suggested[:2]] == ["a", "b"], "each family comes first, once"
     assert {(options["family"], *options["params"]) for options in suggested} == {("a", "alpha"), ("b", "lr")}
     assert search().suggest("again") == suggested[0]
 

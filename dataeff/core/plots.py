@@ -43,8 +43,10 @@ def plot_scatter(
     axes = figure.add_subplot()
     for name, points in series.items():
         ordered = np.array(sorted(points)).reshape(-1, 2)
-        style = "o-" if name in joined else "o"
-        axes.plot(ordered[:, 0], ordered[:, 1], style, label=name, markersize=5, linewidth=1.2)
+        if name in joined:  # hollow, so that points of other series show inside
+            axes.plot(ordered[:, 0], ordered[:, 1], "o-", label=name, markersize=9, fillstyle="none", linewidth=1.2)
+        else:
+            axes.plot(ordered[:, 0], ordered[:, 1], "o", label=name, markersize=5)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
