@@ -270,6 +270,8 @@ def two_worker_run(rank: int, folder: str) -> None:
             if rank == 0:
                 states = [experiment.model.state_dict(), experiment.fine_tune.state_dict()]
                 torch.save(states, f"{folder}/{method}.pt")
+            del experiment  # its gradient buckets hold the group's threads
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -259,7 +259,8 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
     assert (out / "shared" / "start_from" / "summary.json").stat().st_mtime_ns == shared
     trials = load_study(out).trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
-    assert {number: trials[number].params for number in params} == params
+    # A trial that was killed while it was made has parameters only now.
+    assert all(not before or trials[number].params == before for number, before in params.items())
     front = json.loads((out / "front.json").read_text())
     assert front["references"]["base"].keys() == TWO.keys()
     assert (out / front["artifact"] / "model.safetensors").is_file()
