@@ -34,5 +34,5 @@ def test_what_did_not_appear_on_a_cpu_is_not_asserted_there() -> None:
 
 
 def test_the_gpu_scale_needs_data() -> None:
-    with pytest.raises(ValueError, match="needs CIFAR-10"):
+    with pytest.raises(ValueError, match="needs CIFAR10"):
         load_claims("deepmoe", "gpu", None)

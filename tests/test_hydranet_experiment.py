@@ -292,7 +292,7 @@ def test_the_claims_of_both_scales_can_be_planned_and_their_settings_are_valid()
     for scale, data in (("cpu", None), ("gpu", "parquet:cifar100")):
         for run in plan(load_claims("hydranet", scale, data)):
             parse_config(HydraNetConfig, dict(run.settings), run.name)
-    with pytest.raises(ValueError, match="needs CIFAR-100"):
+    with pytest.raises(ValueError, match="needs CIFAR100"):
         load_claims("hydranet", "gpu", None)
 
 

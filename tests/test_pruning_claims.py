@@ -55,5 +55,5 @@ def test_only_runs_of_a_like_cost_are_compared_and_the_best_of_them_counts(tmp_p
 
 def test_at_cpu_scale_the_orders_are_reported_and_not_judged() -> None:
     assert {Verdict(claim).status for claim in load_claims("pruning", "cpu", None)} == {UNTESTABLE}
-    with pytest.raises(ValueError, match="needs CIFAR-10"):
+    with pytest.raises(ValueError, match="needs CIFAR10"):
         load_claims("pruning", "gpu", None)

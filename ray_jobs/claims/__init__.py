@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dataeff.core.config import nearest
+from dataeff.core.config import merge, nearest
 from dataeff.core.run import METRICS, SUMMARY, read_rows
 
 CLAIMS = {
@@ -62,6 +62,17 @@ class Result:
 Results = Mapping[str, Result]
 
 
+def data_at(scale: str, data: str | None, default: str, large: str = "CIFAR10") -> str:
+    """The data that a method's claims are measured on: what the user gave, or `default` at scale "cpu".
+
+    Raises:
+        ValueError: scale "gpu" without data; `large` is torchvision's name of what it needs.
+    """
+    if scale == "gpu" and data is None:
+        raise ValueError(f"--scale gpu needs {large}: give --data parquet:DIR or --data torchvision:{large}?root=DIR")
+    return data or default
+
+
 def log_file(folder: Path) -> Path:
     return folder.with_name(folder.name + ".log")
 
@@ -85,6 +96,17 @@ class Run:
     after: tuple["Run", ...] = ()
     fill: Callable[[Results], Mapping[str, Any]] = lambda results: {}
     method: str = ""
+
+
+class Arms:
+    """Runs of one preset on one data set; each is made once, so that claims share it."""
+
+    def __init__(self, preset: Mapping[str, Any], data: str) -> None:
+        self.preset, self.data = preset, data
+        self.made: dict[str, Run] = {}
+
+    def run(self, name: str, **changes: Any) -> Run:
+        return self.made.setdefault(name, Run(name, self.data, merge(self.preset, changes)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """DeepMoE's claims D1 to D14 (spec deepmoe section 6) and the requirements of section 8.1."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from dataeff.dynamic.deepmoe.analysis import CIFAR100_GROUPS, shuffle_embeddings
 from dataeff.dynamic.deepmoe.experiment import DeepMoEConfig, build_model
 from dataeff.dynamic.deepmoe.model import DeepMoE, build_deepmoe
 from dataeff.dynamic.deepmoe.network import WIDENING, build_network, solve_widening
-from ray_jobs.claims import Check, Claim, Result, Results, Run
+from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at
 from ray_jobs.cli import CONFIGS
 
 PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
@@ -33,21 +32,13 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    if scale == "gpu" and data is None:
-        raise ValueError("--scale gpu needs CIFAR-10: give --data parquet:DIR or --data torchvision:CIFAR10?root=DIR")
+    data = data_at(scale, data, "digits")
     preset = read_yaml(CONFIGS / "deepmoe" / f"{PRESETS[scale]}.yaml")
-    return (_cpu_claims if scale == "cpu" else _gpu_claims)(Arms(preset, data or "digits"))
+    return (_cpu_claims if scale == "cpu" else _gpu_claims)(MoEArms(preset, data))
 
 
-class Arms:
-    """Runs of one preset on one data set; each is made once, so that claims share it."""
-
-    def __init__(self, preset: Mapping[str, Any], data: str) -> None:
-        self.preset, self.data = preset, data
-        self.made: dict[str, Run] = {}
-
-    def run(self, name: str, **changes: Any) -> Run:
-        return self.made.setdefault(name, Run(name, self.data, merge(self.preset, changes)))
+class MoEArms(Arms):
+    """Arms of DeepMoE."""
 
     def static(self, name: str, **changes: Any) -> Run:
         """A static network that sees the mini-batches of both stages."""
@@ -55,7 +46,7 @@ class Arms:
         return self.run(name, arm="static", joint={"iterations": both}, **changes)
 
 
-def _cpu_claims(arms: Arms) -> list[Claim]:
+def _cpu_claims(arms: MoEArms) -> list[Claim]:
     base = arms.static("base", width=1)
     wide_base = arms.static("wide_base", width=2)
     thin = {width: arms.static(f"thin_{width:g}", width=width) for width in (0.25, 0.5)}
@@ -161,7 +152,7 @@ def _cpu_claims(arms: Arms) -> list[Claim]:
     ]
 
 
-def _gpu_claims(arms: Arms) -> list[Claim]:
+def _gpu_claims(arms: MoEArms) -> list[Claim]:
     both = {"joint": merge(arms.preset["joint"], {"iterations": 15600})}
     base = arms.static("base", width=1)
     wide_base = arms.static("wide_base", width=2)

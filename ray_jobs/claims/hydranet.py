@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dataeff.core.config import merge, read_yaml
+from dataeff.core.config import read_yaml
 from dataeff.dynamic.hydranet.model import HydraNet
 from dataeff.dynamic.hydranet.presets import HYDRA_PRESETS, count_cost
-from ray_jobs.claims import Check, Claim, Results, Run
+from ray_jobs.claims import Arms, Check, Claim, Results, Run, data_at
 from ray_jobs.cli import CONFIGS
 
 PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
@@ -26,21 +26,9 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    if scale == "gpu" and data is None:
-        raise ValueError("--scale gpu needs CIFAR-100: give --data parquet:DIR or --data torchvision:CIFAR100?root=DIR")
+    data = data_at(scale, data, "digit-pairs", "CIFAR100")
     base = read_yaml(CONFIGS / "hydranet" / f"{PRESETS[scale]}.yaml")
-    return _claims(Arms(base, data or "digit-pairs"), scale == "cpu")
-
-
-class Arms:
-    """Runs of one preset on one data set; each is made once, so that claims share it."""
-
-    def __init__(self, preset: Mapping[str, Any], data: str) -> None:
-        self.preset, self.data = preset, data
-        self.made: dict[str, Run] = {}
-
-    def run(self, name: str, **changes: Any) -> Run:
-        return self.made.setdefault(name, Run(name, self.data, merge(self.preset, changes)))
+    return _claims(Arms(base, data), scale == "cpu")
 
 
 def metric(results: Results, run: Run, name: str = "accuracy") -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dataeff.core.config import merge, read_yaml
-from ray_jobs.claims import Check, Claim, Results, Run
+from ray_jobs.claims import Check, Claim, Results, Run, data_at
 from ray_jobs.cli import CONFIGS
 
 PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
@@ -31,9 +31,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    if scale == "gpu" and data is None:
-        raise ValueError("--scale gpu needs CIFAR-10: give --data parquet:DIR or --data torchvision:CIFAR10?root=DIR")
-    data = data or "digits-easy-hard"
+    data = data_at(scale, data, "digits-easy-hard")
     preset = read_yaml(CONFIGS / "skipnet" / f"{PRESETS[scale]}.yaml")
     untestable = AT_GPU if scale == "cpu" else ""
     skipnet = Run("skipnet", data, preset, method="skipnet")

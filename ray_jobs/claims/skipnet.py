@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dataeff.core.config import merge, read_yaml
-from ray_jobs.claims import Check, Claim, Results, Run
+from ray_jobs.claims import Check, Claim, Results, Run, data_at
 from ray_jobs.claims.skipnet_figures import (
     accuracy,
     analyses,
@@ -41,9 +41,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    if scale == "gpu" and data is None:
-        raise ValueError("--scale gpu needs CIFAR-10: give --data parquet:DIR or --data torchvision:CIFAR10?root=DIR")
-    data = data or "digits-easy-hard"
+    data = data_at(scale, data, "digits-easy-hard")
     base = read_yaml(CONFIGS / "skipnet" / f"{PRESETS[scale]}.yaml")
     return (_cpu_claims if scale == "cpu" else _gpu_claims)(Arms(base, data))
 
