@@ -1,6 +1,7 @@
 """Ray Serve applications: `serve run serve.app:model artifact=DIR` and `serve run serve.app:cascade stages=DIR,DIR`."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,7 @@ def build_cascade(options: CascadeOptions, loader: Loader | None = None) -> Appl
     return distributed
 
 
-class Server:
+class Server(ABC):
     """One replica: its versions, its metrics and its HTTP application; subclasses load versions."""
 
     def __init__(self, options: ServerOptions) -> None:
@@ -122,8 +123,9 @@ class Server:
         self.human: HumanDesk | None = None
         self._applying: asyncio.Task[None] | None = None
 
+    @abstractmethod
     async def load_version(self, name: str, source: Version) -> ServedModel:
-        raise NotImplementedError
+        """A version, warmed up."""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve with the version table: before the replica is ready, and after every change of the table.

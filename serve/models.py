@@ -1,7 +1,7 @@
 """What is served: a network or a cascade under a version, and how its tensors, wishes and answers look over HTTP."""
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor
-from serve.cascade import Calibrated, Cascade, CascadePrediction, Point
+from dataeff.metrics.curve import pick_point
+from serve.cascade import Calibrated, Cascade, CascadePrediction
 from serve.drift import DriftAlarm
 from serve.limits import RequestError, Wishes, check_fraction
 from serve.protocol import TensorSpec
@@ -144,6 +145,9 @@ class ServedCascade(ServedModel):
     def settings(self, wishes: Wishes) -> Tensor:
         thresholds = list(self.cascade.thresholds)
         if wishes.accuracy_goal is not None or wishes.cost_goal is not None:
+            if not self.cascade.curve:
+                message = "this cascade has no calibration curve; leave accuracy_goal and cost_goal out, or fit it"
+                raise RequestError(400, message)
             chosen = pick_point(self.cascade.curve, wishes.accuracy_goal, wishes.cost_goal).thresholds
             thresholds[: len(chosen)] = chosen
         last = self._last_stage(wishes)
@@ -202,23 +206,6 @@ class ServedCascade(ServedModel):
 
     def stats(self) -> dict[str, Any]:
         return {"stages": list(self.cascade.names), "drift": self.alarm.alarm(), "add_ons": self.alarm.check()}
-
-
-def pick_point(curve: Sequence[Point], accuracy: float | None, cost: float | None) -> Point:
-    """The cheapest point with that accuracy, of those within that relative cost; the nearest one if there is none."""
-    if not curve:
-        raise RequestError(
-            400, "this cascade has no calibration curve; leave accuracy_goal and cost_goal out, or fit it"
-        )
-    within = [point for point in curve if cost is None or point.relative_cost <= cost]
-    if not within:
-        return min(curve, key=lambda point: point.relative_cost)
-    if accuracy is None:
-        return max(within, key=lambda point: point.accuracy)
-    reaching = [point for point in within if point.accuracy >= accuracy]
-    if not reaching:
-        return max(within, key=lambda point: point.accuracy)
-    return min(reaching, key=lambda point: point.relative_cost)
 
 
 def _preference(name: str, text: str) -> TensorSpec:

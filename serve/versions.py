@@ -80,17 +80,6 @@ class Versions:
         self._loaded: dict[str, ServedModel] = {}  # by key, with those that are going
         self._applying = asyncio.Lock()
 
-    @classmethod
-    def of(cls, name: str, model: ServedModel) -> "Versions":
-        """A table with one version, "1"."""
-
-        async def none(version: str, source: Version) -> ServedModel:
-            raise NotImplementedError
-
-        table = cls(name, none)
-        table._models, table._sources = {"1": model}, {"1": Version(artifact="-")}
-        return table
-
     @property
     def name(self) -> str:
         return self._name or self.any().predictor.card.method

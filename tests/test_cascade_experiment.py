@@ -118,7 +118,7 @@ def test_the_predictor_serves_points_of_the_curve_budgets_and_stages(exported: P
     assert isinstance(predictor, CascadePredictor)
     inputs, labels = test_images()
     curve = predictor.spec.curve
-    cheap, dear = predictor.point(cost=curve[0].cost), predictor.point(accuracy=1.0)
+    cheap, dear = predictor.point(relative_cost=curve[0].relative_cost), predictor.point(accuracy=1.0)
     shares = [
         float(predictor.answer(inputs, thresholds=torch.tensor(p.thresholds)).ran[:, 1].double().mean())
         for p in (cheap, dear)

@@ -14,7 +14,7 @@ from dataeff.cascades.idk.cascade import (
     evaluate_tables,
     exit_stages,
 )
-from dataeff.cascades.idk.fit import CurvePoint, FitConfig, fit_cascade, pick_point
+from dataeff.cascades.idk.fit import CurvePoint, FitConfig, fit_cascade
 from dataeff.cascades.idk.search import (
     Settings,
     candidates,
@@ -25,6 +25,7 @@ from dataeff.cascades.idk.search import (
     sweep,
 )
 from dataeff.cascades.idk.uncertainty import IDKClassifier, entropy
+from dataeff.metrics.curve import pick_point
 
 TABLE_4_2 = [  # IDK rate %, average FLOPs 1e7, relative cost
     (67.5, 4.198, 1.135),
@@ -254,10 +255,10 @@ def test_a_request_gets_the_cheapest_point_of_its_accuracy_or_the_best_of_its_co
     curve = [point(0.8, 1), point(0.9, 3), point(0.95, 6)]
     assert pick_point(curve, accuracy=0.85).cost == 3
     assert pick_point(curve, accuracy=0.99).cost == 6
-    assert pick_point(curve, cost=5).cost == 3
-    assert pick_point(curve, cost=0.5).cost == 1
-    assert pick_point(curve, accuracy=0.8, cost=5).cost == 1
-    assert pick_point(curve, accuracy=0.99, cost=5).cost == 3
+    assert pick_point(curve, relative_cost=0.5).cost == 3
+    assert pick_point(curve, relative_cost=0.05).cost == 1
+    assert pick_point(curve, accuracy=0.8, relative_cost=0.5).cost == 1
+    assert pick_point(curve, accuracy=0.99, relative_cost=0.5).cost == 3
     with pytest.raises(ValueError, match="give an accuracy or a cost"):
         pick_point(curve)
 

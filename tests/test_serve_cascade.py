@@ -22,7 +22,7 @@ from serve.human import HumanQueue
 from serve.human_http import HumanDesk
 from serve.limits import Limits, RequestError, Wishes
 from serve.metrics import Metrics
-from serve.models import ServedCascade, pick_point
+from serve.models import ServedCascade
 from serve.versions import Version, Versions, parse_versions
 from tests.serve_fakes import CLASSES, STAGE_MACS, FakeCascade, FakePredictor, FakeStage, encoded, fake_cascade, picture
 
@@ -164,14 +164,11 @@ def test_a_preference_out_of_range_is_refused(query: str, word: str) -> None:
     assert response.status_code == 400 and word in response.json()["error"]
 
 
-def test_the_point_is_the_cheapest_that_reaches_the_accuracy() -> None:
-    curve = new_cascade().curve
-    assert pick_point(curve, 0.85, None).accuracy == 0.9
-    assert pick_point(curve, None, 0.6).accuracy == 0.9
-    assert pick_point(curve, 0.95, 0.6).accuracy == 0.9
-    assert pick_point(curve, 0.5, 0.001).accuracy == 0.8
+def test_a_goal_needs_a_calibration_curve() -> None:
+    cascade = new_cascade()
+    cascade.curve = []
     with pytest.raises(RequestError, match="no calibration curve"):
-        pick_point([], 0.5, None)
+        ServedCascade(cascade, predict=None).settings(Wishes(accuracy_goal=0.5))  # type: ignore[arg-type]
 
 
 def test_tensors_carry_a_goal_for_each_image_and_come_back_with_stages() -> None:

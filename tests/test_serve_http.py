@@ -21,7 +21,7 @@ from serve.http import create_app
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.models import ServedModel
-from serve.versions import Versions
+from serve.versions import Version, Versions
 from tests.serve_fakes import BASE_MACS, CLASSES, FULL_MACS, POISON, FakePredictor, encoded, picture
 
 T = TypeVar("T")
@@ -47,7 +47,11 @@ def with_client(
         return prediction
 
     async def main() -> T:
-        versions = Versions.of("fake", ServedModel(predictor, Batcher(run, 4, wait_s).predict))
+        async def load(version: str, source: Version) -> ServedModel:
+            return ServedModel(predictor, Batcher(run, 4, wait_s).predict)
+
+        versions = Versions("fake", load)
+        await versions.apply({"1": Version(artifact="-")})
         app = create_app(versions, limits, metrics)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

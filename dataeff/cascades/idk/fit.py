@@ -333,22 +333,3 @@ def _point(settings: Settings, row: int, problem: Problem, scores: Sequence[Floa
         relative_cost=report.relative_cost,
         idk_rates=tuple(report.idk_overall.tolist()),
     )
-
-
-def pick_point(curve: Sequence[CurvePoint], accuracy: float | None = None, cost: float | None = None) -> CurvePoint:
-    """The cheapest point of at least this accuracy, or the most accurate of at most this cost.
-
-    A request beyond the curve's end gets that end. With both, the cost wins.
-
-    Raises:
-        ValueError: neither is given, or the cascade has no add-on and so no curve.
-    """
-    if not curve or (accuracy is None and cost is None):
-        raise ValueError("give an accuracy or a cost, for a cascade of at least two stages")
-    within = [point for point in curve if cost is None or point.cost <= cost]
-    if not within:
-        return min(curve, key=lambda point: point.cost)
-    good = [point for point in within if accuracy is not None and point.accuracy >= accuracy]
-    if good:
-        return min(good, key=lambda point: point.cost)
-    return max(within, key=lambda point: (point.accuracy, -point.cost))

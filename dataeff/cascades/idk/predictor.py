@@ -10,11 +10,12 @@ from torch import Tensor
 
 from dataeff.cascades.idk.artifact import CascadeSpec, add_ons, read_spec, stage_artifact
 from dataeff.cascades.idk.cascade import CascadeOutput, IDKCascade, ask
-from dataeff.cascades.idk.fit import CurvePoint, pick_point
+from dataeff.cascades.idk.fit import CurvePoint
 from dataeff.cascades.idk.stages import load_stage_artifact
 from dataeff.cascades.idk.uncertainty import IDKClassifier, entropy
 from dataeff.core.artifact import Artifact, Card, Prediction, Predictor, read_artifact
 from dataeff.data import Preprocess
+from dataeff.metrics.curve import pick_point
 from dataeff.nn.predictor import check_budget
 
 
@@ -125,9 +126,9 @@ class CascadePredictor:
         with torch.inference_mode():
             return self.cascade.predict(inputs, budget, thresholds, max_stage)
 
-    def point(self, accuracy: float | None = None, cost: float | None = None) -> CurvePoint:
+    def point(self, accuracy: float | None = None, relative_cost: float | None = None) -> CurvePoint:
         """The point of the calibration curve for a request's wish: see `pick_point`."""
-        return pick_point(self.spec.curve, accuracy, cost)
+        return pick_point(self.spec.curve, accuracy, relative_cost)
 
 
 def load_cascade(artifact: Artifact, device: str) -> CascadePredictor:

@@ -5,6 +5,7 @@ library that the source compares with.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,7 +47,7 @@ class Step:
         return self.network(self.batch.images, self.draws)
 
 
-class FineTuneMethod(nn.Module):
+class FineTuneMethod(nn.Module, ABC):
     """A loss and what it remembers: its buffers and frozen networks are part of a checkpoint.
 
     Attributes:
@@ -66,9 +67,9 @@ class FineTuneMethod(nn.Module):
             loader: the training images, each once, not augmented.
         """
 
+    @abstractmethod
     def loss(self, step: Step) -> tuple[Tensor, Numbers]:
         """The total, and its parts without gradient."""
-        raise NotImplementedError
 
     def on_step_end(self, model: TransferNetwork) -> None:
         """After the update."""

@@ -7,6 +7,7 @@ the branches of `fold`.
 Source: spec hydranet sections 2.6, 2.8 and 8.1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -21,13 +22,14 @@ Folded = Callable[[Tensor], Tensor]
 StrideAt = Literal["depthwise", "pointwise"]
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """What the blocks have in common."""
 
     out_channels: int
 
+    @abstractmethod
     def fold(self, fold: Fold) -> Folded:
-        raise NotImplementedError
+        """The block for inference, for the branches of `fold`."""
 
 
 class Stack(Block):
