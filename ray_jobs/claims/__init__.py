@@ -1,6 +1,7 @@
 """Published claims as experiments that can fail: what a claim is, which runs it needs, and how it is judged.
 
-A method's claims live in the module of its name here, as a function `claims(scale, data) -> list[Claim]`.
+A method's claims live in the module of its name here, as a function `claims(scale, data) -> list[Claim]`; those that
+compare methods of a family in one of the family's name.
 """
 
 import json
@@ -19,6 +20,7 @@ CLAIMS = {
     "adaskips": "ray_jobs.claims.adaskips",
     "adaskips_zsda": "ray_jobs.claims.adaskips_zsda",
     "deepmoe": "ray_jobs.claims.deepmoe",
+    "dynamic": "ray_jobs.claims.dynamic",
     "hydranet": "ray_jobs.claims.hydranet",
     "idk": "ray_jobs.claims.idk",
     "nas_search": "ray_jobs.claims.nas",
