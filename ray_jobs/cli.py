@@ -50,6 +50,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def add_folder_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--out` with `--resume` and `--overwrite`; `what` the folder holds, such as "run"."""
+    parser.add_argument("--out", required=True, type=Path, help=f"folder of the {what}")
+    parser.add_argument("--resume", action="store_true", help=f"go on with the {what} in --out")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace the {what} in --out")
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="NAME_OR_FILE", help="a shipped preset (cpu, gpu, paper, ...) or a YAML file"

@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dataeff.core.config import parse_config
@@ -11,7 +10,7 @@ from dataeff.core.registry import METHODS, get_method
 from dataeff.core.run import RunDirectory
 from dataeff.core.runtime import RuntimeConfig
 from dataeff.data import absolute_spec, open_splits
-from ray_jobs.cli import add_config_arguments, read_settings, run_command
+from ray_jobs.cli import add_config_arguments, add_folder_arguments, read_settings, run_command
 from ray_jobs.cluster import connect, cpus_per_worker, require
 from ray_jobs.training import Job, Storage, elapsed, run_training
 
@@ -20,7 +19,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ray_jobs.train", description=__doc__)
     parser.add_argument("method", help=f"one of {', '.join(sorted(METHODS))}")
     parser.add_argument("--data", required=True, help="digits, parquet:DIR, folder:DIR, torchvision:NAME?root=DIR, ...")
-    parser.add_argument("--out", required=True, type=Path, help="the run's folder")
     parser.add_argument("--workers", type=int, help="training processes (default: one a GPU, or 1)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs in total (default: 0, train on CPUs)")
     parser.add_argument("--cpus-per-worker", type=int, help="default: an equal share of the machine; 1 on a cluster")
@@ -32,8 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--loader-workers", type=int, default=0, help="decoding processes per training worker")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_folder_arguments(parser, "run")
     add_config_arguments(parser)
     return parser.parse_args(arguments)
 

@@ -31,7 +31,7 @@ from dataeff.core.registry import METHODS, get_method
 from dataeff.core.run import METRICS, Row, RunDirectory, read_rows, replace_text, train
 from dataeff.core.runtime import Runtime, RuntimeConfig
 from dataeff.data import absolute_spec, open_splits
-from ray_jobs.cli import UserError, add_config_arguments, read_settings, run_command
+from ray_jobs.cli import UserError, add_config_arguments, add_folder_arguments, read_settings, run_command
 from ray_jobs.cluster import connect, require
 from ray_jobs.sweep import StudySearch, Sweep, distributions, ended, make_sampler, open_study, read_sweep
 from ray_jobs.training import Job, root_cause, run_training
@@ -46,11 +46,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sweep", required=True, help="a shipped sweep's name, or a YAML file")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--trials", type=int, help="trials in all, those before a --resume included")
     parser.add_argument("--reference", type=Path, help="a finished run to compare with, instead of the sweep's own")
-    parser.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the sweep in --out")
+    add_folder_arguments(parser, "sweep")
     add_config_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -90,20 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _settings(sweep: Sweep, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Family -> settings that all its trials have: preset or file, `--set`, then the sweep's own."""
+    """Family -> settings that all its trials have: preset or file, the sweep's own over it, `--set` over both."""
     preset = "gpu" if sweep.gpus else "cpu"
+    changes = parse_overrides(args.set)
     if not sweep.families:
         assert sweep.method is not None
-        own = read_settings(sweep.method, args.config, args.set, preset)
-        return {sweep.method: merge(own, sweep.set)}
+        own = read_settings(sweep.method, args.config, [], preset)
+        return {sweep.method: merge(merge(own, sweep.set), changes)}
     if args.config:
         raise ValueError("--config is for a sweep of one method; use --set FAMILY.KEY=VALUE")
-    changes = parse_overrides(args.set)
     unknown = [name for name in changes if name not in sweep.families]
     if unknown:
         raise ValueError(f"--set {unknown[0]}: begins with no family ({nearest(unknown[0], sweep.families)})")
     return {
-        family: merge(merge(read_settings(member.method, None, [], preset), changes.get(family, {})), member.set)
+        family: merge(merge(read_settings(member.method, None, [], preset), member.set), changes.get(family, {}))
         for family, member in sweep.families.items()
     }
 

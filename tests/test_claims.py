@@ -218,9 +218,9 @@ def test_rank_correlation_shares_ranks_between_ties_and_is_undefined_for_constan
 def test_skipnets_cheapest_claims_run_on_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import ray
 
-    read = skipnet_claims.read_yaml
+    preset_at = skipnet_claims.preset_at
     tiny = {"depth": 8, "report_every": 2, "stage1": {"iterations": 4, "batch": 16}}
-    monkeypatch.setattr(skipnet_claims, "read_yaml", lambda path: merge(read(path), tiny))
+    monkeypatch.setattr(skipnet_claims, "preset_at", lambda *names: merge(preset_at(*names), tiny))
     chosen = [claim for claim in load_claims("skipnet", "cpu", None) if claim.id in ("S2", "S4")]
     monkeypatch.setattr(command, "load_claims", lambda method, scale, data: chosen)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)

@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from dataeff.core.config import Choice
 from ray_jobs.sweep import StudySearch, Sweep, distributions, make_sampler, open_study, read_sweep
-from ray_jobs.tune import _scheduler, choose, write_front
+from ray_jobs.tune import _scheduler, _settings, choose, parse_arguments, write_front
 from tests.ray_helpers import TINY, run, running, wait_until
 
 TWO = {"val_accuracy": "maximize", "val_macs": "minimize"}
@@ -165,6 +165,22 @@ def test_a_sweep_of_several_families_keeps_their_settings_in_the_families(tmp_pa
     assert list(read_sweep(str(file), None).members) == ["skipnet"]
     with pytest.raises(ValueError, match=r"several families \(skipnet\), not 'skipnet'"):
         read_sweep(str(file), "skipnet")
+
+
+def test_what_the_user_sets_wins_over_the_sweep(tmp_path: Path) -> None:
+    def settings(file: str, *words: str) -> dict[str, dict[str, Any]]:
+        arguments = parse_arguments(["--sweep", file, "--data", "digits", "--out", "out", *words])
+        return _settings(read_sweep(file, None), arguments)
+
+    own = {"depth": 14, "gate": "rnn"}
+    alone = sweep_file(tmp_path / "alone.yaml", set=own)
+    found = settings(alone, "--set", "depth=8")["skipnet"]
+    assert (found["depth"], found["gate"]) == (8, "rnn")
+    families = {"a": {"method": "skipnet", "space": {}, "set": own}}
+    several = tmp_path / "several.yaml"
+    several.write_text(yaml.safe_dump({"objectives": TWO, "families": families}))
+    found = settings(str(several), "--set", "a.depth=8")["a"]
+    assert (found["depth"], found["gate"]) == (8, "rnn")
 
 
 # --- the front ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dataeff.core.config import merge, nearest
+from dataeff.core.config import merge, nearest, read_yaml
 from dataeff.core.run import METRICS, SUMMARY, read_rows
+from ray_jobs.cli import CONFIGS
 
 CLAIMS = {
     "adaskips": "ray_jobs.claims.adaskips",
@@ -73,6 +74,11 @@ def data_at(scale: str, data: str | None, default: str, large: str = "CIFAR10") 
     if scale == "gpu" and data is None:
         raise ValueError(f"--scale gpu needs {large}: give --data parquet:DIR or --data torchvision:{large}?root=DIR")
     return data or default
+
+
+def preset_at(method: str, scale: str) -> dict[str, Any]:
+    """Settings that a method's claims at a scale begin with."""
+    return read_yaml(CONFIGS / method / f"{'claims_cpu' if scale == 'cpu' else scale}.yaml")
 
 
 def log_file(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from ray_jobs.claims import (
     log_file,
     plan,
 )
-from ray_jobs.cli import UserError, one_line, run_command
+from ray_jobs.cli import UserError, add_folder_arguments, one_line, run_command
 
 # What one run takes of the cluster: (CPUs, GPUs). The networks are small, so several runs share a large GPU.
 RESOURCES: dict[str, tuple[float, float]] = {"cpu": (1, 0), "gpu": (2, 0.25)}
@@ -42,11 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"default: all of {', '.join(sorted(CLAIMS))}")
     parser.add_argument("--scale", choices=sorted(RESOURCES), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
-    parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--data", help="the data to measure on (default at scale cpu: the embedded digits)")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: as many as the cluster holds)")
-    parser.add_argument("--resume", action="store_true", help="go on in --out; finished runs are not repeated")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    add_folder_arguments(parser, "table")
     return parser.parse_args(arguments)
 
 

@@ -9,11 +9,9 @@ be told what to spend: of each, the most accurate run that spends at most a tent
 from collections.abc import Mapping
 from typing import Any
 
-from dataeff.core.config import merge, read_yaml
-from ray_jobs.claims import Check, Claim, Results, Run, data_at
-from ray_jobs.cli import CONFIGS
+from dataeff.core.config import merge
+from ray_jobs.claims import Check, Claim, Results, Run, data_at, preset_at
 
-PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
 TAUS = (0.02, 0.1, 0.5)
 TOLERANCE = 1.1
 MOST = 0.75  # of a network's multiply-adds that inner channels can be cut by
@@ -32,7 +30,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         ValueError: scale "gpu" without data.
     """
     data = data_at(scale, data, "digits-easy-hard")
-    preset = read_yaml(CONFIGS / "skipnet" / f"{PRESETS[scale]}.yaml")
+    preset = preset_at("skipnet", scale)
     untestable = AT_GPU if scale == "cpu" else ""
     skipnet = Run("skipnet", data, preset, method="skipnet")
     shared: dict[str, Any] = {
@@ -76,8 +74,8 @@ def _narrow_deepmoe(data: str, scale: str) -> Claim:
     published = "26.2 % top-1 error at 1.6e9 against 29.0 % at 1.7e9 (ThiNet), ResNet-50, ImageNet"
     if scale == "cpu":
         return Claim("D3", text, published, untestable=RESNET_ONLY)
-    deepmoe = Run("narrow", data, merge(read_yaml(CONFIGS / "deepmoe" / "gpu.yaml"), {"width": 1}), method="deepmoe")
-    settings = merge(read_yaml(CONFIGS / "pruning" / "gpu.yaml"), {"depth": 20})
+    deepmoe = Run("narrow", data, merge(preset_at("deepmoe", "gpu"), {"width": 1}), method="deepmoe")
+    settings = merge(preset_at("pruning", "gpu"), {"depth": 20})
     pruned = {criterion: [_pruned(criterion, deepmoe, settings)] for criterion in ("l1", "lasso", "thinet")}
     sss = [Run("sss", data, merge(settings, {"criterion": "sss"}), method="pruning")]
     return _beats("D3", text, published, deepmoe, {**pruned, "sss": sss}, 0.0, "")

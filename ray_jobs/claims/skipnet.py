@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dataeff.core.config import merge, read_yaml
-from ray_jobs.claims import Check, Claim, Results, Run, data_at
+from dataeff.core.config import merge
+from ray_jobs.claims import Arms, Check, Claim, Results, Run, data_at, preset_at
 from ray_jobs.claims.skipnet_figures import (
     accuracy,
     analyses,
@@ -21,9 +21,7 @@ from ray_jobs.claims.skipnet_figures import (
     spearman,
     trained,
 )
-from ray_jobs.cli import CONFIGS
 
-PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
 SKIP_ALL = "skipping every block is the optimum"
 PUBLISHED_ITERATIONS = (64_000, 10_000)
 
@@ -42,19 +40,11 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         ValueError: scale "gpu" without data.
     """
     data = data_at(scale, data, "digits-easy-hard")
-    base = read_yaml(CONFIGS / "skipnet" / f"{PRESETS[scale]}.yaml")
-    return (_cpu_claims if scale == "cpu" else _gpu_claims)(Arms(base, data))
+    return (_cpu_claims if scale == "cpu" else _gpu_claims)(SkipNetArms(preset_at("skipnet", scale), data))
 
 
-class Arms:
-    """Runs of one preset on one data set; each is made once, so that claims share it."""
-
-    def __init__(self, preset: Mapping[str, Any], data: str) -> None:
-        self.preset, self.data = preset, data
-        self.made: dict[str, Run] = {}
-
-    def run(self, name: str, changes: Mapping[str, Any]) -> Run:
-        return self.made.setdefault(name, Run(name, self.data, merge(self.preset, changes)))
+class SkipNetArms(Arms):
+    """Arms of SkipNet."""
 
     def hrl(self, name: str, start: Run, changes: Mapping[str, Any]) -> Run:
         """Stage 2 from the stage 1 of `start`, an SP run."""
@@ -75,13 +65,13 @@ class Arms:
         return self.made.setdefault(name, Run(name, self.data, settings, (like,), fill))
 
 
-def _cpu_claims(arms: Arms) -> list[Claim]:
+def _cpu_claims(arms: SkipNetArms) -> list[Claim]:
     """Section 8.1. Runs that are compared see the same number of mini-batches: 400 in stage 1 (all from-scratch arms
     that are set against HRL+SP: 800 = 400 + 400), 400 (FFGate-II) or 900 (RNNGate) in stage 2."""
     both_stages = {"stage1": {"iterations": 800}}
-    base = arms.run("base", {"arm": "base", "gate": "none"})
-    sp = arms.run("sp_ff", {"arm": "sp"})
-    sp_rnn = arms.run("sp_rnn", {"arm": "sp", "gate": "rnn", "reward_baseline": "batch_mean"})
+    base = arms.run("base", arm="base", gate="none")
+    sp = arms.run("sp_ff", arm="sp")
+    sp_rnn = arms.run("sp_rnn", arm="sp", gate="rnn", reward_baseline="batch_mean")
     hrl = arms.hrl("hrl_ff", sp, {"alpha": 1.5})
     alphas = {
         alpha: arms.hrl(f"hrl_rnn_alpha{alpha:g}", sp_rnn, {"alpha": alpha, "stage2": _stage2(arms, iterations=900)})
@@ -90,9 +80,9 @@ def _cpu_claims(arms: Arms) -> list[Claim]:
     gentle = {"alpha": 4.0, "rl_weight": 0.3, "stage2": _stage2(arms, iterations=200, lr=0.01)}
     collapsing = arms.hrl("hrl_rnn_alpha4", sp_rnn, gentle)
     sdv = arms.random_skipping("sdv", hrl, both_stages)
-    scratch = arms.run("hrl_scratch", {"arm": "hrl_scratch", **_stage1(arms, 800)})
-    rl = arms.run("rl", {"arm": "rl", **_stage1(arms, 800)})
-    soft = arms.run("soft", {"arm": "soft"})
+    scratch = arms.run("hrl_scratch", arm="hrl_scratch", **_stage1(arms, 800))
+    rl = arms.run("rl", arm="rl", **_stage1(arms, 800))
+    soft = arms.run("soft", arm="soft")
     strong = alphas[1.5]
     return [
         Claim(
@@ -180,26 +170,26 @@ def _cpu_claims(arms: Arms) -> list[Claim]:
     ]
 
 
-def _gpu_claims(arms: Arms) -> list[Claim]:
+def _gpu_claims(arms: SkipNetArms) -> list[Claim]:
     """Section 8.2: depths 38 and 74 on CIFAR-10, gates rnn and ffgate1. From-scratch arms get both stages'
     mini-batches."""
     total = arms.preset["stage1"]["iterations"] + arms.preset["stage2"]["iterations"]
-    base = arms.run("base", {"arm": "base", "gate": "none"})
-    sp = arms.run("sp_rnn", {"arm": "sp"})
-    sp_ff = arms.run("sp_ff", {"arm": "sp", "gate": "ffgate1"})
+    base = arms.run("base", arm="base", gate="none")
+    sp = arms.run("sp_rnn", arm="sp")
+    sp_ff = arms.run("sp_ff", arm="sp", gate="ffgate1")
     alphas = {alpha: arms.hrl(f"hrl_rnn_alpha{alpha:g}", sp, {"alpha": alpha}) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)}
     relaxed = arms.hrl("hrl_rnn_relaxed", sp, {"alpha": 1.0, "beta": "alpha_over_n"})
     hrl = alphas[1.0]
-    deep_base = arms.run("base_depth74", {"arm": "base", "gate": "none", "depth": 74})
-    deep_sp = arms.run("sp_rnn_depth74", {"arm": "sp", "depth": 74})
+    deep_base = arms.run("base_depth74", arm="base", gate="none", depth=74)
+    deep_sp = arms.run("sp_rnn_depth74", arm="sp", depth=74)
     deep = arms.hrl("hrl_rnn_depth74", deep_sp, {"alpha": 1.0})
     sdv = arms.random_skipping("sdv", hrl, _stage1(arms, total))
     scratch = {
-        alpha: arms.run(f"hrl_scratch_alpha{alpha:g}", {"arm": "hrl_scratch", "alpha": alpha, **_stage1(arms, total)})
+        alpha: arms.run(f"hrl_scratch_alpha{alpha:g}", arm="hrl_scratch", alpha=alpha, **_stage1(arms, total))
         for alpha in (0.5, 1.0, 2.0)
     }
-    rl = arms.run("rl", {"arm": "rl", **_stage1(arms, total)})
-    soft = arms.run("soft", {"arm": "soft"})
+    rl = arms.run("rl", arm="rl", **_stage1(arms, total))
+    soft = arms.run("soft", arm="soft")
 
     def at_equal_accuracy(results: Results) -> dict[str, float]:
         floor = accuracy(results, base) - 0.01
@@ -274,11 +264,11 @@ def _gpu_claims(arms: Arms) -> list[Claim]:
     ]
 
 
-def _stage1(arms: Arms, iterations: int) -> dict[str, Any]:
+def _stage1(arms: SkipNetArms, iterations: int) -> dict[str, Any]:
     return {"stage1": {**arms.preset["stage1"], "iterations": iterations}}
 
 
-def _stage2(arms: Arms, **changes: Any) -> dict[str, Any]:
+def _stage2(arms: SkipNetArms, **changes: Any) -> dict[str, Any]:
     return {**arms.preset["stage2"], **changes}
 
 
