@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from dataeff.core.checkpoint import load_checkpoint
+from dataeff.core.config import read_yaml
 from tests.ray_helpers import (
     STAGE_STEPS,
     TINY,
@@ -27,8 +30,14 @@ pytestmark = pytest.mark.slow
 
 LOCAL = """
 import json, sys, dataeff
-dataeff.train("skipnet", "digits", sys.argv[1], json.loads(sys.argv[2]), resume=True)
+dataeff.train(sys.argv[3], "digits", sys.argv[1], json.loads(sys.argv[2]), resume=True)
 """
+# Two phases of a search, the second long enough to be killed in; then a short training of what was found.
+SEARCH = {
+    "arm": "pcp_darts", "init_channels": 8, "phases": [[3, 8], [4, 4]], "skip_dropout": [0.0, 0.3], "phase_epochs": 8,
+    "phase_arch_start": 1, "layers": 3, "search_images": 64, "batch": 16, "arch_lr": 0.05, "augment": "shift",
+    "train": {"cells": 3, "channels": 4, "report_every": 2, "stage": {"iterations": 4, "batch": 16}},
+}  # fmt: skip
 
 
 def moments(generator: random.Random, count: int) -> list[int]:
@@ -43,8 +52,8 @@ def local_step(out: Path) -> int:
 
 def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     generator = seeded("local kills")
-    arguments = ["-c", LOCAL, str(tmp_path / "killed"), json.dumps(TINY)]
-    with running(["-c", LOCAL, str(tmp_path / "undisturbed"), json.dumps(TINY)]) as undisturbed:
+    arguments = ["-c", LOCAL, str(tmp_path / "killed"), json.dumps(TINY), "skipnet"]
+    with running(["-c", LOCAL, str(tmp_path / "undisturbed"), *arguments[3:]]) as undisturbed:
         for step in moments(generator, 2):
             with running(arguments) as command:
                 wait_until(lambda step=step: local_step(tmp_path / "killed") >= step, command)
@@ -53,6 +62,29 @@ def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_pat
         run(arguments).finish()
         undisturbed.finish()
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_a_search_killed_in_its_second_phase_finds_the_same_architecture(tmp_path: Path) -> None:
+    generator = seeded("search kills")
+    settings = [json.dumps(SEARCH), "nas_search"]
+    with running(["-c", LOCAL, str(tmp_path / "undisturbed"), *settings]) as undisturbed:
+        step = generator.randrange(9, 14)
+        with running(["-c", LOCAL, str(tmp_path / "killed"), *settings]) as command:
+            wait_until(lambda: local_step(tmp_path / "killed") >= step, command)
+            command.kill()
+        assert local_step(tmp_path / "killed") < 16, "killed after the search had ended"
+        run(["-c", LOCAL, str(tmp_path / "killed"), *settings]).finish()
+        undisturbed.finish()
+    found, expected = (read_yaml(tmp_path / name / "artifact" / "config.yaml") for name in ("killed", "undisturbed"))
+    assert found["genotype"] == expected["genotype"]
+    states = [load_checkpoint(last_checkpoint(tmp_path / name))["experiment"] for name in ("killed", "undisturbed")]
+    alphas = [{k: v for k, v in state["searcher"]["model"].items() if k.startswith("alpha")} for state in states]
+    assert alphas[0] and alphas[0].keys() == alphas[1].keys()
+    assert all(torch.equal(value, alphas[1][name]) for name, value in alphas[0].items())
+
+
+def last_checkpoint(out: Path) -> Path:
+    return max((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 @pytest.fixture(scope="module")
