@@ -56,10 +56,15 @@ class EvaluationSettings(Config):
     stage: EvaluationStage = EvaluationStage()
 
 
-class NasTrainConfig(EvaluationSettings, SupervisedConfig):
-    """Settings of `nas_train`."""
+class EvaluationConfig(EvaluationSettings, SupervisedConfig):
+    """Settings of every method that trains such networks."""
 
     clip_norm: float | None = Field(5.0, gt=0, description="bound on the gradient's norm")
+
+
+class NasTrainConfig(EvaluationConfig):
+    """Settings of `nas_train`."""
+
     genotype: Genotype | Chain | str = Field(
         "darts_v2", description=f"one of {', '.join(GENOTYPES)}, random (drawn by the seed), or an architecture itself"
     )
@@ -121,7 +126,74 @@ def build_network(
     )
 
 
-class NasTrainExperiment(SupervisedExperiment):
+class EvaluationExperiment(SupervisedExperiment):
+    """Trains networks that are not searched any more: cutout, drop-path, auxiliary towers; exports them without towers.
+
+    A subclass builds the network and measures `macs`, its multiply-adds for one image.
+    """
+
+    config: EvaluationConfig
+    macs: float
+
+    def stage_settings(self) -> Sequence[StageConfig]:
+        return [self.config.stage]
+
+    def full_macs(self) -> float:
+        return self.macs
+
+    def build_optimizer(self, stage: int) -> torch.optim.Optimizer:
+        if self.config.optimizer == "sgd":
+            return super().build_optimizer(stage)
+        settings = self.stages[stage]
+        return torch.optim.Adam(
+            self.parameter_groups(stage), lr=settings.lr, betas=(0.5, 0.999), weight_decay=settings.weight_decay
+        )
+
+    def drop_sites(self, stage: int) -> tuple[int, int] | None:
+        """Places of drop-path in the network that a stage trains, as `CellNetwork.drop_sites`; None: it has none."""
+        sites: tuple[int, int] | None = self.model.drop_sites  # type: ignore[assignment]
+        return sites
+
+    def both_logits(self, images: Tensor, keep: Tensor | None, stage: int) -> tuple[Tensor, Tensor | None]:
+        """Logits in training, and the auxiliary tower's where there is one."""
+        logits, auxiliary = self.network(images, keep, both=True)
+        return logits, auxiliary
+
+    def batch_loss(self, batch: Batch, stage: int, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        sites = self.drop_sites(stage)
+        count, cells = len(batch.images), 0 if sites is None else sites[0] * sites[1]
+        draws = self.draws(stage, iteration, count, 2 + cells)
+        images = cutout(batch.images, draws[:, :2], self.config.cutout)
+        probability = self.config.drop_path * iteration / self.stages[stage].iterations
+        keep = None
+        if sites is not None and probability:
+            keep = (draws[:, 2:] >= probability).float().view(count, *sites) / (1 - probability)
+        logits, auxiliary = self.both_logits(images, keep, stage)
+        loss = F.cross_entropy(logits, batch.labels)
+        if auxiliary is not None:
+            loss = loss + self.config.aux_weight * F.cross_entropy(auxiliary, batch.labels)
+        return loss, {"accuracy": (logits.detach().argmax(1) == batch.labels).float().mean()}
+
+    def answer(self, batch: Batch) -> Answers:
+        return self.answers(self.model(batch.images))
+
+    def answers(self, logits: Tensor) -> Answers:
+        """Logits (B, K) of a network that spends the same on every image."""
+        return Answers(logits, torch.full((len(logits),), self.macs, dtype=torch.float64, device=logits.device))
+
+    def export(self, directory: str | Path) -> None:
+        """The artifact; auxiliary towers, which no inference needs, stay behind."""
+        towers = {net: net.auxiliary for net in self.model.modules() if isinstance(net, CellNetwork)}
+        for net in towers:
+            net.auxiliary = None
+        try:
+            super().export(directory)
+        finally:
+            for net, tower in towers.items():
+                net.auxiliary = tower
+
+
+class NasTrainExperiment(EvaluationExperiment):
     """Trains one architecture from scratch."""
 
     method: ClassVar[str] = "nas_train"
@@ -140,14 +212,8 @@ class NasTrainExperiment(SupervisedExperiment):
         self.config = resolve(self.config)
         side, tower = min(self.height, self.width), self.config.aux_weight > 0
         model = build_network(self.config, self.num_classes, self.in_channels, side, tower)
-        self._macs = count_macs(model.eval(), (self.in_channels, self.height, self.width)).total
+        self.macs = count_macs(model.eval(), (self.in_channels, self.height, self.width)).total
         return model
-
-    def stage_settings(self) -> Sequence[StageConfig]:
-        return [self.config.stage]
-
-    def full_macs(self) -> float:
-        return self._macs
 
     @property
     def architecture(self) -> Architecture:
@@ -160,42 +226,6 @@ class NasTrainExperiment(SupervisedExperiment):
             f"{self.architecture.model_dump_json()}, {config.cells} cells, C {config.channels}, {config.stem} stem, "
             f"{'with' if config.aux_weight else 'without'} tower, {self.input_signature()}"
         )
-
-    def build_optimizer(self, stage: int) -> torch.optim.Optimizer:
-        if self.config.optimizer == "sgd":
-            return super().build_optimizer(stage)
-        settings = self.stages[stage]
-        return torch.optim.Adam(
-            self.model.parameters(), lr=settings.lr, betas=(0.5, 0.999), weight_decay=settings.weight_decay
-        )
-
-    def batch_loss(self, batch: Batch, stage: int, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        sites = self.model.drop_sites
-        count, cells = len(batch.images), 0 if sites is None else sites[0] * sites[1]
-        draws = self.draws(stage, iteration, count, 2 + cells)
-        images = cutout(batch.images, draws[:, :2], self.config.cutout)
-        probability = self.config.drop_path * iteration / self.stages[stage].iterations
-        keep = None
-        if sites is not None and probability:
-            keep = (draws[:, 2:] >= probability).float().view(count, *sites) / (1 - probability)
-        logits, auxiliary = self.network(images, keep, both=True)
-        loss = F.cross_entropy(logits, batch.labels)
-        if auxiliary is not None:
-            loss = loss + self.config.aux_weight * F.cross_entropy(auxiliary, batch.labels)
-        return loss, {"accuracy": (logits.detach().argmax(1) == batch.labels).float().mean()}
-
-    def answer(self, batch: Batch) -> Answers:
-        logits = self.model(batch.images)
-        macs = torch.full((len(logits),), self._macs, dtype=torch.float64, device=logits.device)
-        return Answers(logits, macs)
-
-    def export(self, directory: str | Path) -> None:
-        """The artifact; the auxiliary tower, which no inference needs, stays behind."""
-        tower, self.model.auxiliary = self.model.auxiliary, None
-        try:
-            super().export(directory)
-        finally:
-            self.model.auxiliary = tower  # type: ignore[assignment]
 
     def plots(self, directory: str | Path) -> None:
         """Class-wise metrics and structure in `analysis.json`, the cells as graphs."""

@@ -4,30 +4,18 @@ Source: spec ss_pcp_darts section 2.8.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dataeff.core.runtime import Runtime
+from dataeff.data.distortions import fill_boxes, greyscale, jitter_colour, jitter_grey
+from dataeff.nn.workers import mean_over_workers
 
 EPSILON = 1e-5
 VIEW_DRAWS = 24
-
-
-class _MeanOverWorkers(torch.autograd.Function):
-    """Mean over workers, forwards and backwards: with gradients averaged over workers afterwards, the loss of all
-    workers' images has the gradient that one process would give it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, runtime: Runtime) -> Tensor:  # type: ignore[override]
-        ctx.runtime = runtime
-        return runtime.all_reduce(x.detach().clone()) / runtime.world_size
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.runtime.all_reduce(gradient.clone()) / ctx.runtime.world_size, None
+JITTER = (0.4, 0.4, 0.2, 0.1)
 
 
 class BarlowTwinsLoss:
@@ -63,10 +51,10 @@ class BarlowTwinsLoss:
             raise ValueError(f"the Barlow Twins loss needs at least 2 images on a worker, got {len(z1)}")
         z1, z2 = z1.float(), z2.float()
         features = z1.shape[1]
-        means = self._mean(torch.stack([z1.mean(0), z2.mean(0)]))
+        means = mean_over_workers(torch.stack([z1.mean(0), z2.mean(0)]), self.runtime)
         z1, z2 = z1 - means[0], z2 - means[1]
         squares = torch.stack([z1.square().mean(0), z2.square().mean(0)])
-        moments = self._mean(torch.cat([squares, z1.T @ z2 / len(z1)]))
+        moments = mean_over_workers(torch.cat([squares, z1.T @ z2 / len(z1)]), self.runtime)
         self.constant_features = (moments[:2].detach() < EPSILON**2).sum()
         deviation = (moments[:2] + EPSILON**2).sqrt()
         correlation = moments[2:] / torch.outer(deviation[0], deviation[1])
@@ -74,12 +62,6 @@ class BarlowTwinsLoss:
         off_diagonal = correlation.square().sum() - diagonal.square().sum()
         loss = (1 - diagonal).square().sum() + self.lambda_ * off_diagonal
         return loss / features if self.normalize else loss
-
-    def _mean(self, x: Tensor) -> Tensor:
-        if self.runtime is None or self.runtime.world_size == 1:
-            return x
-        mean: Tensor = _MeanOverWorkers.apply(x, self.runtime)
-        return mean
 
 
 class MixedSelfSupervisedLoss:
@@ -123,11 +105,11 @@ def distort(images: Tensor, draws: Tensor) -> Tensor:
     u = draws.to(images.dtype).unbind(1)
     images = _warp(images, u[:12])
     if images.shape[1] == 3:
-        images = _jitter(images, u[12:18])
-        grey = _grey(images).expand(-1, 3, -1, -1)
+        images = jitter_colour(images, u[12:17], JITTER)
+        grey = greyscale(images).expand(-1, 3, -1, -1)
         images = torch.where((u[18] < 0.2)[:, None, None, None], grey, images)
     else:
-        images = _jitter_grey(images, u[12:15])
+        images = jitter_grey(images, u[12:15], JITTER)
     return _erase(images, u[19:24])
 
 
@@ -166,44 +148,6 @@ def _homography(source: Tensor, target: Tensor) -> Tensor:
     return torch.cat([solved, torch.ones_like(solved[:, :1])], 1).view(-1, 3, 3)
 
 
-def _grey(images: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
-
-
-def _factor(u: Tensor, chosen: Tensor, strength: float) -> Tensor:
-    return torch.where(chosen, 1 + strength * (2 * u - 1), torch.ones_like(u))[:, None, None, None]
-
-
-def _jitter(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
-    """Brightness, contrast, saturation and hue, in this order."""
-    chosen = u[0] < 0.8
-    images = (images * _factor(u[1], chosen, 0.4)).clamp(0, 1)
-    mean = _grey(images).mean((2, 3), keepdim=True)
-    images = (mean + (images - mean) * _factor(u[2], chosen, 0.4)).clamp(0, 1)
-    grey = _grey(images)
-    images = (grey + (images - grey) * _factor(u[3], chosen, 0.2)).clamp(0, 1)
-    # Hue turns the chroma plane of YIQ.
-    angle = torch.where(chosen, 0.1 * (2 * u[4] - 1), torch.zeros_like(u[4])) * (2 * math.pi)
-    to_yiq = torch.tensor(
-        [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
-        device=images.device,
-        dtype=images.dtype,
-    )
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
-    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq
-    turned = torch.einsum("bij,bjhw->bihw", matrix, images)
-    return torch.where(chosen[:, None, None, None], turned.clamp(0, 1), images)
-
-
-def _jitter_grey(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
-    chosen = u[0] < 0.8
-    images = (images * _factor(u[1], chosen, 0.4)).clamp(0, 1)
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return (mean + (images - mean) * _factor(u[2], chosen, 0.4)).clamp(0, 1)
-
-
 def _erase(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
     height, width = images.shape[2:]
     area = (0.02 + 0.18 * u[1]) * height * width
@@ -211,9 +155,4 @@ def _erase(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
     tall = (area * ratio).sqrt().round().clamp(1, height)
     wide = (area / ratio).sqrt().round().clamp(1, width)
     top, left = (u[3] * (height - tall + 1)).floor(), (u[4] * (width - wide + 1)).floor()
-    rows = torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    inside_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
-    inside_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
-    inside = inside_rows[:, :, None] & inside_columns[:, None, :] & (u[0] < 0.5)[:, None, None]
-    return images.masked_fill(inside[:, None], 0.0)
+    return fill_boxes(images, top, left, torch.where(u[0] < 0.5, tall, 0), wide)
