@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASES = {"core", "data", "metrics", "nn", "supervised"}
+BASES = {"core", "data", "metrics", "nn", "pretraining", "supervised"}
 PACKAGES = ("dataeff", "ray_jobs", "serve")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -20,6 +20,7 @@ MAY: dict[str, set[str]] = {
     "metrics": {"core", "data"},
     "nn": {"core", "data", "metrics"},
     "supervised": {"core", "data", "metrics"},
+    "pretraining": {"core", "data", "metrics", "nn"},
     "dataeff": {"core"},
     "serve": BASES | {"dataeff"},
     "ray_jobs": BASES | {"dataeff", "serve"},  # the demo serves what it has trained
