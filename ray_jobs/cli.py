@@ -4,12 +4,13 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dataeff.core.config import merge, nearest, parse_overrides, read_yaml
-from dataeff.core.registry import METHODS
+from dataeff.core.registry import METHODS, get_method
+from dataeff.data import open_splits
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -48,6 +49,12 @@ def one_line(error: BaseException) -> str:
         }.get(error.errno or 0, "")
         return f"{where}{error.strerror}{advice}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_data(methods: Iterable[str], data: str) -> None:
+    """Open the data as each method does, so that a mistake in it shows before a cluster is asked for anything."""
+    for opener in {get_method(method).data_opener() or open_splits for method in methods}:
+        opener(data)
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser, what: str) -> None:

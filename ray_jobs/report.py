@@ -10,7 +10,8 @@ from typing import Any
 
 from dataeff.core.config import nearest
 from dataeff.core.plots import plot_scatter
-from dataeff.core.run import SUMMARY, replace_text
+from dataeff.core.registry import METHODS, get_method
+from dataeff.core.run import SUMMARY, finished_runs, replace_text
 from ray_jobs.cli import run_command
 from ray_jobs.tune import FRONT
 
@@ -27,6 +28,9 @@ CAPTIONS = {
     "skip_ratios": "Share of test images that skip each block",
     "class_medians": "Median of skipped blocks by class",
     "input_scales": "Executed blocks by the scale of the input",
+    "robustness_clean_pgd": "Accuracy on clean images against that under PGD; bubbles by parameters",
+    "robustness_by_data": "Accuracy on clean images and under each attack; diamonds: the best",
+    "robustness_params": "Accuracy under PGD against parameters, by family",
     "front": "Accuracy against multiply-adds of the trials",
 }
 
@@ -45,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         )
     out: Path = args.out or args.folders[0] / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, page(args.title, runs, sweeps, claims, out.parent))
+    comparisons = compare(args.folders, out.parent)
+    replace_text(out, page(args.title, runs, sweeps, claims, out.parent, comparisons))
     print(f"report: {out}")
     return out
 
@@ -72,11 +77,31 @@ def find(folders: Sequence[Path]) -> tuple[list[Path], list[Path], list[Path]]:
     return runs, sweeps, claims
 
 
-def page(title: str, runs: Sequence[Path], sweeps: Sequence[Path], claims: Sequence[Path], folder: Path) -> str:
+def compare(folders: Sequence[Path], target: Path) -> list[Path]:
+    """Let each method draw all its finished runs at or below `folders`, those of sweeps and claims included, together.
+
+    Returns:
+        Folders `comparison-METHOD` in `target`, of the methods that have something to draw.
+    """
+    methods = {_summary(path.parent)["method"] for folder in folders for path in folder.rglob(SUMMARY)}
+    for method in sorted(methods & METHODS.keys()):
+        get_method(method).compare(finished_runs(method, folders), target / f"comparison-{method}")
+    return [path for path in sorted(target.glob("comparison-*")) if path.is_dir()]
+
+
+def page(
+    title: str,
+    runs: Sequence[Path],
+    sweeps: Sequence[Path],
+    claims: Sequence[Path],
+    folder: Path,
+    comparisons: Sequence[Path] = (),
+) -> str:
     """The whole page; pictures are part of it, so it can be sent as one file."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if runs:
         parts.append(_runs_section(runs, folder))
+    parts += [_comparison_section(comparison) for comparison in comparisons]
     parts += [_sweep_section(sweep) for sweep in sweeps]
     parts += [_claims_section(claim) for claim in claims]
     parts += [_run_section(run) for run in runs]
@@ -142,6 +167,11 @@ def _run_section(run: Path) -> str:
         f"<h2>Run {html.escape(run.name)}</h2><p>{html.escape(summary['method'])} on {html.escape(summary['data'])}</p>"
         f"{pictures}<details><summary>settings</summary><pre>{settings}</pre></details>"
     )
+
+
+def _comparison_section(folder: Path) -> str:
+    pictures = "".join(_picture(path, CAPTIONS.get(path.stem, path.stem)) for path in sorted(folder.glob("*.png")))
+    return f"<h2>All runs of {html.escape(folder.name.removeprefix('comparison-'))}</h2>{pictures}"
 
 
 def _sweep_section(sweep: Path) -> str:

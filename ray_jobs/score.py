@@ -1,7 +1,8 @@
 """python -m ray_jobs.score ARTIFACT --data DATA --out FILE: batch inference over a pool, on Ray Data.
 
 The file is a Parquet table with a row an image: split, index (position in the split), label, probabilities and macs
-(the multiply-adds spent). Images are read, answered and written a part at a time, so that their number does not matter.
+(the multiply-adds spent), with --embeddings also embedding, where the network has one. Images are read, answered and
+written a part at a time, so that their number does not matter.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from dataeff.core.artifact import load, read_artifact
+from dataeff.core.artifact import Embedder, load, read_artifact
 from dataeff.core.run import replace_text
 from dataeff.data import Preprocess, Splits, absolute_spec, open_splits
 from dataeff.data.scores import Scores, score_schema
@@ -46,6 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=0, help="GPUs in total (default: 0, CPUs)")
     parser.add_argument("--batch", type=int, default=256, help="images that a network answers at once")
     parser.add_argument("--part", type=int, default=8192, help="images in a part, which is kept when the job is killed")
+    parser.add_argument("--embeddings", action="store_true", help="add the network's embedding of every image")
     parser.add_argument("--resume", action="store_true", help="keep the parts that a killed job has left")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     return parser.parse_args(arguments)
@@ -60,6 +62,7 @@ class Job:
     batch: int
     device: str
     threads: int
+    embeddings: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -91,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "macs": artifact.card.cost["macs"],
         "full_macs": artifact.card.cost["full_macs"],
     }
+    schema = score_schema(len(splits.classes), about)
+    if args.embeddings:
+        about["embedding"] = embedding_size(args.artifact)
+        schema = schema.append(pa.field("embedding", pa.list_(pa.float32(), about["embedding"])))
     plan = plan_parts(splits, args.splits, args.part)
     folder = PartsFolder(out, {**about, "parts": plan}, args.resume)
     started = time.perf_counter()
@@ -99,11 +106,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         connect()
         cpus = cpus_per_worker(workers, args.gpus)
         require(workers * cpus, args.gpus)
-        job = Job(about["artifact"], data, args.batch, "cuda" if args.gpus else "cpu", cpus)
-        _score(job, plan, left, folder, score_schema(len(splits.classes), about), workers, cpus, args.gpus)
+        job = Job(about["artifact"], data, args.batch, "cuda" if args.gpus else "cpu", cpus, args.embeddings)
+        _score(job, plan, left, folder, schema, workers, cpus, args.gpus)
     count = folder.join(out, len(plan))
     print(f"{count} images in {elapsed(started)}: {args.out}")
     return out
+
+
+def embedding_size(artifact: Path) -> int:
+    """Length of the embeddings that a network gives.
+
+    Raises:
+        ValueError: it gives none.
+    """
+    predictor = load(artifact)
+    if not isinstance(predictor, Embedder):
+        raise ValueError(f"--embeddings: networks of method {predictor.card.method!r} give none; leave the option out")
+    return int(predictor.embed(torch.zeros(1, *predictor.input_shape)).shape[1])
 
 
 def plan_parts(splits: Splits, names: Sequence[str], size: int) -> list[tuple[str, int, int]]:
@@ -179,19 +198,28 @@ class Scorer:
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
         columns = (batch[name].tolist() for name in ("number", "split", "first", "last"))
         for number, split, first, last in zip(*columns, strict=True):
-            table = self._answer(split, first, last).table(split)
+            table = self._answer(split, first, last)
             yield table.append_column("part", pa.array(np.full(len(table), number)))
 
-    def _answer(self, split: str, first: int, last: int) -> Scores:
+    def _answer(self, split: str, first: int, last: int) -> pa.Table:
         source = getattr(self.splits, split)
-        probabilities, macs = [], []
+        probabilities, macs, embeddings = [], [], []
         for start in range(first, last, self.job.batch):
             rows = np.arange(start, min(start + self.job.batch, last))
-            prediction = self.predictor.predict(self.preprocess(source.images(rows)))
+            inputs = self.preprocess(source.images(rows))
+            prediction = self.predictor.predict(inputs)
+            if self.job.embeddings:
+                assert isinstance(self.predictor, Embedder)
+                embeddings.append(self.predictor.embed(inputs).numpy())
             probabilities.append(prediction.probabilities.numpy())
             macs.append(prediction.macs.numpy())
         rows = np.arange(first, last)
-        return Scores(np.concatenate(probabilities), source.labels[rows], rows, np.concatenate(macs))
+        table = Scores(np.concatenate(probabilities), source.labels[rows], rows, np.concatenate(macs)).table(split)
+        if not embeddings:
+            return table
+        whole = np.concatenate(embeddings).astype(np.float32)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(whole.reshape(-1)), whole.shape[1])
+        return table.append_column("embedding", column)
 
 
 def _score(

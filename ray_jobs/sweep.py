@@ -127,6 +127,14 @@ def _restored(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
+class _Grid(optuna.samplers.GridSampler):
+    """Optuna's grid ends `Study.optimize` when it is complete; here the number of trials ends the search, and there is
+    no such loop to end."""
+
+    def after_trial(self, *arguments: Any) -> None:
+        pass
+
+
 def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optuna.samplers.BaseSampler:
     """The sampler of a sweep.
 
@@ -139,7 +147,7 @@ def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optu
             raise ValueError(f"sampler grid: {', '.join(ranges)} must be {{choices: [...]}}")
         grid = {key: item.values for key, item in space.items() if isinstance(item, Choice)}
         stored = {key: [_storable(value) for value in values] for key, values in grid.items()}
-        return optuna.samplers.GridSampler(stored, seed=seed)
+        return _Grid(stored, seed=seed)
     kinds = {
         "tpe": optuna.samplers.TPESampler,
         "nsga2": optuna.samplers.NSGAIISampler,
@@ -216,7 +224,7 @@ class StudySearch(Searcher):
         return {"family": family, "params": params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if len(self.objectives) == 1:
+        if len(self.objectives) == 1 and next(iter(self.objectives)) in result:
             trial = optuna.trial.Trial(self.study, self.study.trials[self.numbers[trial_id]]._trial_id)
             step = int(result["step"])
             if step not in self.study.trials[self.numbers[trial_id]].intermediate_values:

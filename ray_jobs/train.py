@@ -9,8 +9,8 @@ from dataeff.core.config import parse_config
 from dataeff.core.registry import METHODS, get_method
 from dataeff.core.run import RunDirectory
 from dataeff.core.runtime import RuntimeConfig
-from dataeff.data import absolute_spec, open_splits
-from ray_jobs.cli import add_config_arguments, add_folder_arguments, read_settings, run_command
+from dataeff.data import absolute_spec
+from ray_jobs.cli import add_config_arguments, add_folder_arguments, check_data, read_settings, run_command
 from ray_jobs.cluster import connect, cpus_per_worker, require
 from ray_jobs.training import Job, Storage, elapsed, run_training
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         {"precision": args.precision, "compile": args.compile, "loader_workers": args.loader_workers},
     )
     data = absolute_spec(args.data)
-    open_splits(data)  # a mistake in the data shows here, before a cluster is asked for anything
+    check_data([args.method], data)
     if args.storage:
         Storage(args.storage)  # and a storage that cannot be written
     folder = RunDirectory(args.out, args.method, data, config, args.resume, args.overwrite)

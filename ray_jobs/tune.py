@@ -28,10 +28,10 @@ from dataeff.core.config import (
 )
 from dataeff.core.plots import plot_scatter
 from dataeff.core.registry import METHODS, get_method
-from dataeff.core.run import METRICS, Row, RunDirectory, read_rows, replace_text, train
+from dataeff.core.run import METRICS, Row, RunDirectory, finished_runs, read_rows, replace_text, train
 from dataeff.core.runtime import Runtime, RuntimeConfig
-from dataeff.data import absolute_spec, open_splits
-from ray_jobs.cli import UserError, add_config_arguments, add_folder_arguments, read_settings, run_command
+from dataeff.data import absolute_spec
+from ray_jobs.cli import UserError, add_config_arguments, add_folder_arguments, check_data, read_settings, run_command
 from ray_jobs.cluster import connect, require
 from ray_jobs.sweep import StudySearch, Sweep, distributions, ended, make_sampler, open_study, read_sweep
 from ray_jobs.training import Job, root_cause, run_training
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if trials < 1:
         raise ValueError(f"--trials {trials}: must be at least 1")
     data = absolute_spec(args.data)
-    open_splits(data)
+    check_data((member.method for member in sweep.members.values()), data)
     identity = {"sweep": sweep.model_dump(mode="json"), "settings": settings}
     name = f"tune:{sweep.method or args.sweep}"
     folder = RunDirectory(args.out, name, data, identity, args.resume, args.overwrite)
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 settings[family] = merge(settings[family], {name: str(where / "artifact")})
     _search(sweep, spaces, settings, data, out, trials)
     front = write_front(sweep, out, references)
+    for method in dict.fromkeys(member.method for member in sweep.members.values()):
+        get_method(method).compare(finished_runs(method, [out]), out)
     _print_front(front, out)
     return front
 

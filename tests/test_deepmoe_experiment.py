@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
     "joint": {"iterations": 6, "batch": 16},
     "finetune": {"iterations": 4, "batch": 16},
 }
-ARMS = ("deepmoe", "static", "noisy_topk", "hard_moe", "rnp")
+ARMS = ("deepmoe", "static", "per_layer", "noisy_topk", "hard_moe", "rnp")
 
 pytestmark = pytest.mark.filterwarnings("ignore:embedding network and heads cost", "ignore:static gating")
 
@@ -66,7 +66,9 @@ def test_every_arm_trains_and_its_artifact_answers_as_it_was_evaluated(arm: str,
 ADAPTED = {"target_share": 0.3, "joint": {"iterations": 80, "batch": 32}, "report_every": 40}
 
 
-@pytest.mark.parametrize("changes", [ADAPTED, {"arm": "rnp"}, {"arm": "noisy_topk"}, {"arm": "hard_moe"}])
+@pytest.mark.parametrize(
+    "changes", [ADAPTED, {"arm": "per_layer"}, {"arm": "rnp"}, {"arm": "noisy_topk"}, {"arm": "hard_moe"}]
+)
 def test_a_run_resumed_at_any_step_ends_like_the_undisturbed_one(changes: dict[str, Any]) -> None:
     undisturbed = make(**changes)
     rows = finish(undisturbed)
@@ -90,6 +92,28 @@ def test_fine_tuning_moves_the_base_and_nothing_of_the_router() -> None:
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.startswith("network.body") for name in moved)
     assert not any(name.startswith(("embedding.", "heads.", "class_head.")) for name in moved)
+
+
+def test_fine_tuning_fixes_the_heads_of_gates_per_layer_too() -> None:
+    experiment = make(arm="per_layer")
+    for _ in range(2):
+        experiment.step()
+    before = {name: value.clone() for name, value in experiment.model.state_dict().items()}
+    experiment.step()
+    after = experiment.model.state_dict()
+    assert not any(name.startswith("heads.") and not torch.equal(before[name], after[name]) for name in before)
+    assert any(name.startswith("network.body") and not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("arm", ["deepmoe", "per_layer", "static", "noisy_topk"])
+def test_uniform_weights_are_smaller_than_he_s(arm: str) -> None:
+    he, uniform = (make(arm=arm, init=init).model for init in ("he", "uniform"))
+    first = "network.body.3.conv.weight"
+    ratio = he.state_dict()[first].std() / uniform.state_dict()[first].std()
+    assert 1.5 < float(ratio) < 3.5
+    if arm in ("deepmoe", "noisy_topk"):
+        layer = "embedding.features.3.weight"
+        assert float(he.state_dict()[layer].std() / uniform.state_dict()[layer].std()) > 1.5
 
 
 def test_gate_heads_have_no_weight_decay() -> None:

@@ -10,6 +10,7 @@ from dataeff.dynamic.deepmoe.baselines import RuntimePruning, RuntimePruningInfe
 from dataeff.dynamic.deepmoe.inference import ChannelNetwork, DeepMoEInference
 from dataeff.dynamic.deepmoe.model import DeepMoE, build_deepmoe
 from dataeff.dynamic.deepmoe.network import MoEConv2d, build_network
+from dataeff.dynamic.deepmoe.perlayer import PerLayerInference, PerLayerMoE
 
 
 def settle(model: nn.Module) -> None:
@@ -187,6 +188,57 @@ def test_the_dense_network_of_the_same_operators_is_the_network() -> None:
     logits, macs = ChannelNetwork(network).dense(x)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert macs.tolist() == [network.full_macs(16, 16)] * 3
+
+
+def per_layer(arch: str = "vgg6") -> PerLayerMoE:
+    torch.manual_seed(0)
+    widths = {"vgg6": (8, 8, 12, 12, 16, 16)}.get(arch, SHAPES[arch].get("widths"))
+    model = PerLayerMoE(build_network(arch, 4, widths=widths), latent=8, gate_init="kaiming")
+    settle(model)
+    for latent in model.heads.latents:
+        nn.init.normal_(latent.weight, 0, 4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("arch", ["vgg6", "resnet8", "resnet50", "resnet18_cifar", "drn10"])
+def test_gates_that_read_the_layer_before_run_active_channels_only(arch: str) -> None:
+    model = per_layer(arch)
+    x = 3 * torch.randn(6, 3, 32, 32)
+    fast = PerLayerInference(model)
+    with torch.no_grad():
+        expected = model(x)
+    found = fast(x)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.macs, expected.macs) and torch.equal(found.path, expected.path)
+    patterns = [len((gate > 0).unique(dim=0)) for gate in expected.gates]
+    assert max(patterns) > 1, "the gates of the test differ between images"
+    assert fast.executions >= sum(patterns)
+
+
+def test_gates_of_a_layer_depend_on_the_layer_before_and_cost_what_their_weights_multiply() -> None:
+    model = per_layer()
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        before = model(x)
+        next(model.network.convs()).conv.weight.mul_(-1)
+        after = model(x)
+    assert torch.equal(before.gates[0], after.gates[0]) and not torch.equal(before.gates[1], after.gates[1])
+    widths = [3, 8, 8, 12, 12, 16, 16]
+    assert model.router_macs() == sum(8 * (a + b) for a, b in zip(widths, widths[1:], strict=False))
+    counts = torch.stack([(gate > 0).sum(1) for gate in before.gates], 1)
+    assert torch.equal(before.macs, model.network.macs(counts, 16, 16) + model.router_macs())
+
+
+def test_weights_of_channels_that_a_layer_s_own_gate_closes_may_be_nan() -> None:
+    model = per_layer()
+    x = torch.randn(1, 3, 16, 16)
+    expected = PerLayerInference(model)(x)
+    with torch.no_grad():
+        for layer, gate in zip(model.network.convs(), expected.gates, strict=True):
+            layer.conv.weight[gate[0] == 0] = torch.nan
+    assert torch.equal(PerLayerInference(model)(x).logits, expected.logits)
+    with pytest.raises(ValueError, match="training mode"):
+        PerLayerInference(model.train())
 
 
 def test_runtime_pruning_computes_the_groups_that_its_agent_keeps() -> None:

@@ -443,3 +443,19 @@ def test_weights_of_another_partition_are_refused() -> None:
 def test_a_model_in_training_mode_has_no_inference_form() -> None:
     with warnings.catch_warnings(), pytest.raises(ValueError, match="eval"):
         HydraInference(make().train())
+
+
+def test_first_weights_are_he_s_or_smaller_uniform_ones_in_every_branch() -> None:
+    torch.manual_seed(0)
+    sizes = {}
+    for init in ("he", "uniform"):
+        net = HydraNet(HydraConfig(**SETTINGS["resnet"], init=init), CLASSES)
+        weight = next(parameter for name, parameter in net.branches.named_parameters() if name.endswith("conv1.weight"))
+        rows = weight.unflatten(0, (5, -1))
+        sizes[init] = rows.flatten(1).std(1)
+        fan_in = rows.shape[2] * 9
+        bound = 1 / math.sqrt(fan_in)
+        assert (float(weight.detach().abs().max()) <= bound) == (init == "uniform")
+        assert float(sizes[init].mean()) == pytest.approx(
+            math.sqrt(2) * bound if init == "he" else bound / 3**0.5, rel=0.1
+        )

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import PIL.Image
 import torch
@@ -80,6 +80,14 @@ class Predictor(Protocol):
 
     def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction:
         """Answer float32 [B, C, H, W]; `budget` float64 [B] bounds an image's multiply-adds where the network can."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A predictor whose network has an embedding of each image."""
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """float32 [B, C, H, W] -> float32 [B, D], on the CPU."""
 
 
 def save_artifact(directory: str | Path, card: Card, config: Config, state: Mapping[str, Tensor]) -> None:

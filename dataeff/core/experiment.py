@@ -2,7 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,18 @@ import torch
 from dataeff.core.artifact import Artifact, Predictor
 from dataeff.core.config import ExperimentConfig
 from dataeff.core.runtime import Runtime
+
+
+class LabelsNeeded(ValueError):
+    """A step cannot be taken before people have labelled some images of the training split.
+
+    Attributes:
+        indices: which ones.
+    """
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.indices = list(indices)
+        super().__init__(f"{len(self.indices)} images wait for their labels; give them with python -m ray_jobs.label")
 
 
 class Experiment(ABC):
@@ -74,6 +86,17 @@ class Experiment(ABC):
 
     def plots(self, directory: str | Path) -> None:  # noqa: B027 - optional
         """Write the method's own figures of the finished run as PNG files."""
+
+    @staticmethod
+    def data_opener() -> Callable[[str], object] | None:
+        """What opens the data's name where `dataeff.data.open_splits` does not; commands look at data before they
+        start."""
+        return None
+
+    @classmethod  # noqa: B027 - optional
+    def compare(cls, runs: Sequence[Path], directory: Path) -> None:
+        """Write the method's figures over several finished runs (their folders), such as a sweep's trials, as PNG files
+        and their data."""
 
     @classmethod
     @abstractmethod

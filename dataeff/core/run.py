@@ -49,8 +49,10 @@ class RunState:
             started = time.perf_counter()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", category=UserWarning)
-                metrics = self.experiment.step()
-            self._warnings += [str(warning.message) for warning in caught if warning.category is UserWarning]
+                try:
+                    metrics = self.experiment.step()
+                finally:
+                    self._warnings += [str(warning.message) for warning in caught if warning.category is UserWarning]
             row = {"step": self.experiment.steps_done, **metrics, "seconds": time.perf_counter() - started}
             self.rows.append(row)
             yield row
@@ -233,6 +235,12 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     part = path.with_name(path.name + ".part")
     pq.write_table(table, part)
     os.replace(part, path)
+
+
+def finished_runs(method: str, folders: Sequence[Path]) -> list[Path]:
+    """Folders of a method's finished runs at or below `folders`."""
+    found = sorted({path.parent for folder in folders for path in folder.rglob(SUMMARY)})
+    return [run for run in found if json.loads((run / SUMMARY).read_text(encoding="utf-8"))["method"] == method]
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -93,10 +93,10 @@ def build_cached(directory: Path, key: str, store: DecodingStore, skip: set[int]
     Raises:
         OSError: the folder cannot be written, or is full.
     """
-    with _locked(directory, key):
+    with locked(directory, key):
         cached = open_cached(directory, key, store.records)
         if cached is None:
-            with _replacing(directory / f"{key}.arrow") as path:
+            with replacing(directory / f"{key}.arrow") as path:
                 _write(path, store, skip)
             cached = open_cached(directory, key, store.records)
     if cached is None:
@@ -109,12 +109,12 @@ def bad_images(directory: Path | None, key: str, records: Records) -> dict[int, 
     if directory is None:
         return find_bad_images(records)
     path = directory / f"{key}.bad.json"
-    with _locked(directory, key):
+    with locked(directory, key):
         try:
             return {int(row): reason for row, reason in json.loads(path.read_text()).items()}
         except (OSError, ValueError):
             bad = find_bad_images(records)
-            with _replacing(path) as temporary:
+            with replacing(path) as temporary:
                 temporary.write_text(json.dumps(bad))
             return bad
 
@@ -144,7 +144,8 @@ def _bytes_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _locked(directory: Path, key: str) -> Iterator[None]:
+def locked(directory: Path, key: str) -> Iterator[None]:
+    """Hold `DIRECTORY/KEY.lock` against other processes; the folder is made when missing."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
@@ -152,7 +153,7 @@ def _locked(directory: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that becomes `path` if the block succeeds, and is removed if not."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
     os.close(handle)

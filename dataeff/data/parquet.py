@@ -53,13 +53,14 @@ def open_parquet(spec: DataSpec) -> RawData:
 
 
 class ParquetImages:
-    """One Parquet file: labels read at once, encoded images a row group at a time, when first asked for.
+    """One Parquet file: labels (where it is `labelled`) read at once, encoded images a row group at a time, when first
+    asked for.
 
     A row group that has been read stays in memory as one Arrow buffer of encoded bytes: a shuffled epoch visits all of
     them, and loader processes forked afterwards share the pages.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, labelled: bool = True) -> None:
         self.path = path
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
@@ -68,7 +69,7 @@ class ParquetImages:
         schema = self._file.schema_arrow
         self.image_column = self._find_image_column(schema)
         self.names = _names_in_metadata(schema)
-        self.labels, self._null_label = self._read_labels(schema)
+        self.labels, self._null_label = self._read_labels(schema) if labelled else (np.empty(0, np.int64), None)
         groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
         self._starts: list[int] = [0, *accumulate(groups)]
         self._groups: list[list[_Chunk] | None] = [None] * len(groups)

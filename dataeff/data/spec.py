@@ -9,11 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS = ("digits", "digits-easy-hard", "digit-pairs", "letters", "rendered-digits", "parquet", "folder", "torchvision")
+KINDS = (
+    "digits",
+    "digits-easy-hard",
+    "digit-pairs",
+    "letters",
+    "rendered-digits",
+    "parquet",
+    "folder",
+    "torchvision",
+    "labelling",
+    "shapes",
+)
 _EXAMPLES = {
     "parquet": "parquet:DIR (a folder with train*.parquet)",
     "folder": "folder:DIR (a folder with train/CLASS/*.png or CLASS/*.png)",
     "torchvision": "torchvision:NAME?root=DIR (NAME as in torchvision.datasets)",
+    "labelling": "labelling:DIR (a folder of python -m ray_jobs.label)",
 }
 
 
@@ -89,7 +101,7 @@ def absolute_spec(text: str) -> str:
     """
     spec = parse_spec(text)
     source, _, query = text.partition("?")
-    if spec.kind in ("parquet", "folder"):
+    if spec.kind in ("parquet", "folder", "labelling"):
         source = f"{spec.kind}:{Path(spec.location).expanduser().resolve()}"
     items = [item.partition("=") for item in query.split("&") if item]
     paths = {name: path.resolve() for name, path in (("cache", spec.cache), ("root", spec.root)) if path is not None}

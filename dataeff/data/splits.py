@@ -11,6 +11,7 @@ from dataeff.data.cache import bad_images, build_cached, open_cached
 from dataeff.data.embedded import open_digit_pairs, open_digits, open_digits_easy_hard
 from dataeff.data.fingerprint import text_fingerprint
 from dataeff.data.folder import open_folder
+from dataeff.data.labelling import UNKNOWN, open_labelling
 from dataeff.data.parquet import open_parquet
 from dataeff.data.rendered import open_letters, open_rendered_digits
 from dataeff.data.sources import (
@@ -37,6 +38,7 @@ _OPENERS: dict[str, Callable[[DataSpec], RawData]] = {
     "rendered-digits": open_rendered_digits,
     "parquet": open_parquet,
     "folder": open_folder,
+    "labelling": open_labelling,
     "torchvision": open_torchvision,
 }
 
@@ -69,7 +71,7 @@ def open_splits(text: str) -> Splits:
     """Open the data set that `text` names.
 
     Sources: `digits`, `digits-easy-hard`, `digit-pairs`, `letters`, `rendered-digits`, `parquet:DIR`, `folder:DIR`,
-    `torchvision:NAME?root=DIR[&download=1]`.
+    `torchvision:NAME?root=DIR[&download=1]`, `labelling:DIR` (see `labelling.py`).
     Options, after `?` and joined by `&`:
 
     - `labels=N`: keep a stratified labelled subset of N training images.
@@ -98,6 +100,8 @@ def open_splits(text: str) -> Splits:
             the file and row.
     """
     spec = parse_spec(text)
+    if spec.kind not in _OPENERS:
+        raise ValueError(f"'{text}' has classes of pixels, not of images: it is for segmentation methods")
     raw = _OPENERS[spec.kind](spec)
     _refuse_idle_fraction(spec, "val", raw.val is not None and spec.kind not in ("digits-easy-hard", "digit-pairs"))
     _refuse_idle_fraction(spec, "test", raw.test is not None)
@@ -172,5 +176,5 @@ def _refuse_idle_fraction(spec: DataSpec, name: str, exists: bool) -> None:
 
 def _refuse_empty_classes(train: ImageSource, classes: tuple[str, ...]) -> None:
     empty = [name for k, name in enumerate(classes) if not (train.labels == k).any()]
-    if empty:
+    if empty and not (train.labels == UNKNOWN).any():
         raise ValueError(f"class '{empty[0]}' has no images in the training split ({len(empty)} such classes)")

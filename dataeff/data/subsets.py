@@ -47,7 +47,8 @@ def longtail_subset(labels: IntArray, ratio: float, seed: int) -> IntArray:
     """Make the classes exponentially imbalanced: class k of K keeps n_0 * ratio ** (-k / (K - 1)) images.
 
     n_0 is the smallest class's count, so that the first class has `ratio` times the images of the last (Cui et al.,
-    "Class-Balanced Loss", CVPR 2019, section 5.1); every class keeps at least one.
+    "Class-Balanced Loss", CVPR 2019, section 5.1); sizes are truncated. From 10 classes of 5000, ratio 50 leaves 5000,
+    3237, 2096, 1357, 878, 568, 368, 238, 154 and 100 images (spec initial_pools section 2.5).
 
     Args:
         labels: int64 [N].
@@ -56,12 +57,18 @@ def longtail_subset(labels: IntArray, ratio: float, seed: int) -> IntArray:
 
     Returns:
         Sorted indices, int64.
+
+    Raises:
+        ValueError: `ratio` is below 1, or so large that it leaves a class without images.
     """
     if not ratio >= 1:
         raise ValueError(f"longtail={ratio}: must be at least 1 (largest class over smallest)")
     classes, counts = np.unique(labels, return_counts=True)
     decay = np.arange(len(classes)) / max(1, len(classes) - 1)
-    quotas = np.maximum(1, np.rint(counts.min() * ratio**-decay)).astype(np.int64)
+    # The small amount: a whole number on paper may come out just below it.
+    quotas = np.floor(counts.min() * ratio**-decay + 1e-9).astype(np.int64)
+    if (quotas < 1).any():
+        raise ValueError(f"longtail={ratio}: leaves a class empty, must be at most {counts.min()} (its smallest class)")
     return _draw(labels, classes, quotas, seed)
 
 

@@ -18,6 +18,7 @@ from dataeff.core.run import METRICS, SUMMARY, read_rows
 from ray_jobs.cli import CONFIGS
 
 CLAIMS = {
+    "active": "ray_jobs.claims.active",
     "adaskips": "ray_jobs.claims.adaskips",
     "adaskips_zsda": "ray_jobs.claims.adaskips_zsda",
     "deepmoe": "ray_jobs.claims.deepmoe",
@@ -26,6 +27,7 @@ CLAIMS = {
     "idk": "ray_jobs.claims.idk",
     "nas_search": "ray_jobs.claims.nas",
     "pruning": "ray_jobs.claims.pruning",
+    "robustness": "ray_jobs.claims.robustness",
     "skipnet": "ray_jobs.claims.skipnet",
 }
 HOLDS, FAILS, UNTESTABLE, UNMEASURED = "holds", "does not hold", "not testable at this scale", "not measured"

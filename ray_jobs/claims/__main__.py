@@ -16,7 +16,7 @@ from dataeff.core.config import merge, parse_config
 from dataeff.core.registry import get_method
 from dataeff.core.run import SUMMARY, RunDirectory, replace_text, train
 from dataeff.core.runtime import Runtime
-from dataeff.data import absolute_spec, open_splits
+from dataeff.data import absolute_spec
 from ray_jobs.claims import (
     CLAIMS,
     FAILS,
@@ -31,7 +31,7 @@ from ray_jobs.claims import (
     log_file,
     plan,
 )
-from ray_jobs.cli import UserError, add_folder_arguments, one_line, run_command
+from ray_jobs.cli import UserError, add_folder_arguments, check_data, one_line, run_command
 
 # What one run takes of the cluster: (CPUs, GPUs). The networks are small, so several runs share a large GPU.
 RESOURCES: dict[str, tuple[float, float]] = {"cpu": (1, 0), "gpu": (2, 0.25)}
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     data = absolute_spec(args.data) if args.data else None
     claims = {method: load_claims(method, args.scale, data) for method in args.methods or sorted(CLAIMS)}
     runs = {method: plan(found) for method, found in claims.items()}
-    for name in dict.fromkeys(run.data for found in runs.values() for run in found):
-        open_splits(name)  # a mistake in the data shows here, before a cluster is asked for anything
+    for trained, name in dict.fromkeys((run.method or method, run.data) for method in runs for run in runs[method]):
+        check_data([trained], name)
     folder = RunDirectory(args.out, "claims", data or "default", {"scale": args.scale}, args.resume, args.overwrite)
     out = folder.path.absolute()
     jobs = [

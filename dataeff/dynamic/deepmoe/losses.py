@@ -37,6 +37,7 @@ def deepmoe_loss(
     mu: float,
     reduction: Reduction = "mean",
     mu_mode: MuMode = "labels",
+    pixels: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """J = L_b + lambda * L_g + mu * L_e (Eq. 3.7).
 
@@ -46,6 +47,7 @@ def deepmoe_loss(
         lam, mu: weights, at least 0.
         mu_mode: "labels": L_e is the cross-entropy of the embedding's class logits; "presence": the binary
             cross-entropy of which classes an image holds, the only one that dense answers allow.
+        pixels: dense answers: see `pixel_cross_entropy`.
 
     Returns:
         The loss and its parts as detached scalars: "base", "gates", "embedding" (0 with mu = 0), "active_share" and
@@ -60,7 +62,7 @@ def deepmoe_loss(
     dense = output.logits.dim() == 4
     if dense and mu > 0 and mu_mode != "presence":
         raise ValueError("mu above 0 needs class labels of images; dense labels allow mu_mode='presence' or mu = 0")
-    base = pixel_cross_entropy(output.logits, targets) if dense else _cross_entropy(output.logits, targets)
+    base = pixel_cross_entropy(output.logits, targets, pixels) if dense else _cross_entropy(output.logits, targets)
     sparsity = gate_loss(output.gates, reduction)
     embedding = torch.zeros_like(base)
     if mu > 0:
@@ -77,19 +79,21 @@ def deepmoe_loss(
     return loss, parts
 
 
-def pixel_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def pixel_cross_entropy(logits: Tensor, targets: Tensor, pixels: Tensor | None = None) -> Tensor:
     """Mean over the pixels that are not `IGNORE`; 0 with a warning where none is left.
 
     Args:
         logits: (B, K, H, W).
         targets: int64 (B, H, W).
+        pixels: how many to divide by, in place of those counted here: with several workers their mean number, so that
+            the mean of the workers' gradients is that of the whole batch.
     """
     counted = targets != IGNORE
     _check_labels(targets[counted], logits.shape[1], targets.dtype)
     total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     if targets.device.type == "cpu" and not bool(counted.any()):
         warnings.warn(f"every pixel of the batch has the ignore label {IGNORE}: its loss is 0", stacklevel=2)
-    return total / counted.sum().clamp(min=1)
+    return total / (counted.sum() if pixels is None else pixels).clamp(min=1)
 
 
 def class_presence(targets: Tensor, num_classes: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataeff.dynamic.deepmoe.network import Block, GatedNetwork, build_network
+from dataeff.dynamic.deepmoe.network import Block, GatedNetwork, Init, build_network
 from dataeff.nn.resnet import conv2d_macs, init_weights
 
 LatentActivation = Literal["softmax", "relu", "identity"]
@@ -53,6 +53,7 @@ class ShallowEmbedding(nn.Module):
         widths: of the convolutions, 4 for CIFAR, 5 for ImageNet.
         activation: of the latent.
         temperature: T; a high one makes gates equal for all images.
+        init: of the weights, see `build_network`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ShallowEmbedding(nn.Module):
         latent: int = 128,
         activation: LatentActivation = "softmax",
         temperature: float = 1.0,
+        init: Init = "he",
     ):
         super().__init__()
         if not widths or min(widths) < 1 or latent < 1:
@@ -77,7 +79,8 @@ class ShallowEmbedding(nn.Module):
         self.features = nn.Sequential(*layers)
         self.output = nn.Linear(widths[-1], latent)
         self.activation, self.temperature, self.latent = activation, temperature, latent
-        init_weights(self)
+        if init == "he":
+            init_weights(self)
 
     @property
     def smallest(self) -> int:
@@ -222,7 +225,7 @@ class DeepMoE(nn.Module):
 
     def active_share(self, counts: Tensor) -> Tensor:
         """Active channels (B, L) -> mean over layers of |A_l| / C_l, (B,)."""
-        return (counts / torch.tensor(self.network.gate_channels, device=counts.device)).mean(1)
+        return active_shares(counts, self.network.gate_channels)
 
     def freeze_router(self) -> None:
         """Fix embedding, heads and class head for the fine-tune stage; they belong in eval mode as well."""
@@ -254,6 +257,11 @@ def active_counts(gates: list[Tensor]) -> Tensor:
     return torch.stack([(gate.detach() > 0).sum(1) for gate in gates], 1)
 
 
+def active_shares(counts: Tensor, channels: list[int]) -> Tensor:
+    """Active channels (B, L) of layers with C_l channels -> mean over layers of |A_l| / C_l, (B,)."""
+    return (counts / torch.tensor(channels, device=counts.device)).mean(1)
+
+
 def normalized(gates: list[Tensor]) -> list[Tensor]:
     """Each layer's gates divided by the mean of the image's positive ones."""
     result = []
@@ -280,6 +288,7 @@ def build_deepmoe(
     gate_init: GateInit = "ones",
     keep_top: bool = False,
     normalize_gates: bool = False,
+    init: Init = "he",
 ) -> DeepMoE:
     """DeepMoE from scratch: wide with `width` 2, narrow with 1; arguments as for `build_network` and `DeepMoE`.
 
@@ -292,8 +301,8 @@ def build_deepmoe(
     """
     if width < 1:
         raise ValueError(f"width of a gated network must be at least 1, got {width}")
-    network = build_network(arch, num_classes, in_channels, width, block, widths, gated_convs, gated_layers)
+    network = build_network(arch, num_classes, in_channels, width, block, widths, gated_convs, gated_layers, init)
     latent = latent or num_classes
-    embedding = ShallowEmbedding(in_channels, embedding_widths, latent, latent_activation, temperature)
+    embedding = ShallowEmbedding(in_channels, embedding_widths, latent, latent_activation, temperature, init)
     head = class_head or ("identity" if latent == num_classes else "linear")
     return DeepMoE(network, embedding, head, gate_init, keep_top, normalize_gates)

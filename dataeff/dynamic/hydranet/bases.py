@@ -28,6 +28,7 @@ from dataeff.nn.fold import channels_last
 
 BaseName = Literal["resnet", "densenet", "ressep", "mini"]
 StridePlacement = Literal["last", "first"]
+Init = Literal["he", "uniform"]
 SMALLEST_GROUP = 4  # channels of a branch that grouped convolutions still run well with
 
 
@@ -228,10 +229,17 @@ class StaticNet(nn.Module):
         num_classes, in_channels: of labels and images.
         width: scales the filters.
         last_width: of the last stage, in place of `width`.
+        init: see `init_weights`.
     """
 
     def __init__(
-        self, base: Base, num_classes: int, in_channels: int = 3, width: float = 1.0, last_width: float | None = None
+        self,
+        base: Base,
+        num_classes: int,
+        in_channels: int = 3,
+        width: float = 1.0,
+        last_width: float | None = None,
+        init: Init = "he",
     ):
         super().__init__()
         self.stem = make_stem(base, in_channels, base.stages - 1, width)
@@ -240,7 +248,7 @@ class StaticNet(nn.Module):
             self.tail = Stack([self.tail, Pool(self.tail.out_channels)])
         self.classifier = nn.Linear(self.tail.out_channels, num_classes)
         self.stride, self.in_channels = base.stride, in_channels
-        init_weights(self)
+        init_weights(self, init)
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> what the last linear layer reads, (B, D)."""
@@ -327,8 +335,12 @@ def check_images(x: Tensor, in_channels: int, stride: tuple[int, int], values: b
         raise ValueError(f"images of shape {tuple(x.shape)} hold NaN or Inf")
 
 
-def init_weights(module: nn.Module) -> None:
-    """Convolutions and linear layers He normal by fan-in of one branch, biases 0 (spec section 3)."""
+def init_weights(module: nn.Module, init: Init = "he") -> None:
+    """Convolutions and linear layers He normal by fan-in of one branch, biases 0 (spec section 3). "uniform" leaves
+    them as PyTorch makes them, uniform in +-1/sqrt(fan-in): less than half as large, so that behind a norm they learn
+    several times faster, which short trainings need."""
+    if init == "uniform":
+        return
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

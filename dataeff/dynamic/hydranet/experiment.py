@@ -103,7 +103,7 @@ def build_network(config: HydraNetConfig, num_classes: int, shape: tuple[int, in
     """The network of an arm for images of `shape` (C, H, W)."""
     architecture = HydraConfig(**{name: getattr(config, name) for name in HydraConfig.model_fields})
     if config.arm == "base":
-        return StaticNet(architecture.make_base(), num_classes, shape[0], config.w_stem)
+        return StaticNet(architecture.make_base(), num_classes, shape[0], config.w_stem, init=config.init)
     net = HydraNet(architecture, num_classes, shape[0])
     if config.arm == "hydra":
         return net
@@ -145,7 +145,8 @@ class HydraNetExperiment(SupervisedExperiment):
         if self.config.needs_features:
             base = self.config.make_base()
             width = self.config.w_stem
-            classifier = StaticNet(base, self.num_classes, shape[0], width, width * self.config.feature_width)
+            last_width = width * self.config.feature_width
+            classifier = StaticNet(base, self.num_classes, shape[0], width, last_width, self.config.init)
         self.centres: Tensor | None = None
         self.class_fingerprint = ""
         branches = net.config.n_branches if isinstance(net, HydraNet) else 0

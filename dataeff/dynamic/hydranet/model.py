@@ -18,6 +18,7 @@ from dataeff.core.config import Config
 from dataeff.dynamic.hydranet.bases import (
     Base,
     BaseName,
+    Init,
     StridePlacement,
     check_images,
     init_weights,
@@ -53,6 +54,7 @@ class HydraConfig(Config):
     combine: Literal["sum", "concat"] = "sum"
     strategy: Strategy = Field("cluster", description="how classes belong to branches, and what trains the gate")
     stride_placement: StridePlacement = Field("last", description="ressep only; last fits the published counts")
+    init: Init = Field("he", description="first weights; he: as published; uniform: PyTorch's own, for short trainings")
 
     @model_validator(mode="after")
     def _consistent(self) -> "HydraConfig":
@@ -242,7 +244,7 @@ class HydraNet(nn.Module):
         self.part: Tensor
         self._costs: dict[tuple[int, int], HydraCosts] = {}
         self.register_load_state_dict_pre_hook(_refuse_other_partition)
-        init_weights(self)
+        init_weights(self, config.init)
 
     # --- partition --------------------------------------------------------------------------------------------------
 
