@@ -273,6 +273,8 @@ class SupervisedExperiment(Experiment):
 
     def _make_optimizer(self, stage: int) -> None:
         self._close_stream()
+        # What an earlier stage has left on parts that no longer learn would enter the norm that is clipped.
+        self.model.zero_grad(set_to_none=True)
         self.prepare_stage(stage)
         self.network = self.runtime.wrap_model(self.model)
         self.optimizer_stage = stage

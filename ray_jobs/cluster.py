@@ -6,6 +6,8 @@ import time
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a sweep prints its own progress
+# A method may report an objective in its last step only; the study fails a trial whose last step lacks one.
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same in a worker and in the driver
 # A worker waits at a report until Ray Train's controller has asked for the one before: by default it asks every 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")

@@ -256,7 +256,6 @@ class RobustnessExperiment(EvaluationExperiment):
 
     def prepare_stage(self, stage: int) -> None:
         self.model.requires_grad_(False)
-        self.model.zero_grad(set_to_none=True)  # what an earlier stage has left would enter the norm that is clipped
         self.learning(stage).requires_grad_(True)
 
     def train_mode(self, stage: int) -> None:

@@ -1,11 +1,12 @@
 """Claims of the robustness study (spec nas_adversarial_robustness section 6, numbers 1 to 13), and of its attacks
-(section 8). Repeats are the seeds. All figures are percentages or their differences, in points."""
+(section 8); T0 to T13 recompute the published tables. Repeats are the seeds. All figures are percentages or their differences, in points."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dataeff.core.config import read_yaml
 from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at
+from ray_jobs.claims.robustness_published import table_claims
 from ray_jobs.cli import CONFIGS
 
 HANDCRAFTED = ("resnet18", "resnet50", "densenet121", "densenet169", "vgg16_bn")
@@ -210,6 +211,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
                 Check("noise_takes", at_most=0.0),
             ),
         ),
+        *table_claims(),
     ]
 
 

@@ -14,6 +14,8 @@ from dataeff.cascades.idk.search import Bools, Floats, Ints, check_lengths
 from dataeff.cascades.idk.uncertainty import IDKClassifier, check_probabilities
 from dataeff.core.artifact import Prediction
 from dataeff.data import uniform_draws
+from dataeff.nn.cascade import CascadePrediction, Walk
+from dataeff.nn.predictor import check_budget
 
 Model = Callable[[Tensor, Tensor | None], Prediction]
 
@@ -41,27 +43,10 @@ class HumanExpert:
 
 
 @dataclass
-class CascadeOutput:
-    """Answers for B images.
+class CascadeOutput(CascadePrediction):
+    """What a cascade says about B images; uncertainty: float64 (B, A), h of each add-on, NaN where it was not asked."""
 
-    labels: int64 (B,). probabilities: float32 (B, k), of the last model that ran.
-    stage: int64 (B,), which one that was, from 0. ran: bool (B, N).
-    macs: float64 (B,), of all models and add-ons that ran.
-    uncertainty: float64 (B, A), h of each of the A add-ons, NaN where it was not asked.
-    score: float64 (B, A), what the thresholds are compared with, NaN likewise.
-    idk: bool (B,), passed on by the last model as well: a person should answer.
-    stopped: bool (B,), a budget or `max_stage` ended the cascade although an add-on said IDK.
-    """
-
-    labels: Tensor
-    probabilities: Tensor
-    stage: Tensor
-    macs: Tensor
-    ran: Tensor
     uncertainty: Tensor
-    score: Tensor
-    idk: Tensor
-    stopped: Tensor
 
 
 class IDKCascade:
@@ -105,32 +90,35 @@ class IDKCascade:
             thresholds: float64 (A,) or (B, A), in place of the add-ons' own; a point of the calibration curve.
             max_stage: the last model that may run, from 0.
         """
-        count, asked = len(inputs), len(self.idk)
-        limit = self._thresholds(thresholds, count)
-        empty = torch.full((count, asked), math.nan, dtype=torch.float64)
-        output = CascadeOutput(
-            labels=torch.zeros(count, dtype=torch.int64),
-            probabilities=torch.zeros(count, 0),
-            stage=torch.zeros(count, dtype=torch.int64),
-            macs=torch.zeros(count, dtype=torch.float64),
-            ran=torch.zeros(count, len(self.models), dtype=torch.bool),
-            uncertainty=empty,
-            score=empty.clone(),
-            idk=torch.zeros(count, dtype=torch.bool),
-            stopped=torch.zeros(count, dtype=torch.bool),
-        )
-        left = torch.arange(count)
-        for number, model in enumerate(self.models):
-            if number:
-                left = self._affordable(output, left, number, budget, max_stage)
-                if not len(left):
-                    break
-            allowed = None if budget is None else budget[left] - output.macs[left]
-            answer = model(inputs if len(left) == count else inputs[left.to(inputs.device)], allowed)
-            left = self._record(output, number, left, answer, limit)
-        output.idk[left] = asked == len(self.models)
-        output.labels = output.probabilities.argmax(1) if count else output.labels
-        return output
+        check_budget(budget, len(inputs))
+        with torch.inference_mode():
+            walk = Walk(self._thresholds(thresholds, len(inputs)), len(self.models))
+            for number, model in enumerate(self.models):
+                if number:
+                    self._stop(walk, number, budget, max_stage)
+                    if not len(walk.rows):
+                        break
+                rows = walk.rows
+                allowed = None if budget is None else budget[rows] - (walk.prediction.macs[rows] if number else 0)
+                answer = model(inputs if len(rows) == len(inputs) else inputs[rows.to(inputs.device)], allowed)
+                if number < len(self.idk):
+                    score = self.idk[number].score(answer.probabilities.float().cpu())
+                    walk.record(number, answer, score, self.idk[number].macs)
+                else:
+                    walk.record(number, answer)
+            score = walk.prediction.score
+            h = [
+                add_on.h(column).masked_fill(column.isnan(), math.nan)
+                for add_on, column in zip(self.idk, score.unbind(1), strict=True)
+            ]
+            return CascadeOutput(**vars(walk.prediction), uncertainty=torch.stack(h, 1) if h else score)
+
+    def _stop(self, walk: Walk, number: int, budget: Tensor | None, max_stage: int | None) -> None:
+        """End the walk of images that model `number` may not run on."""
+        if max_stage is not None and number > max_stage:
+            walk.stop()
+        elif budget is not None:
+            walk.stop(walk.prediction.macs[walk.rows] + self.costs[number] > budget[walk.rows])
 
     def _thresholds(self, given: Tensor | None, count: int) -> Tensor:
         own = torch.tensor([classifier.threshold for classifier in self.idk], dtype=torch.float64)
@@ -142,42 +130,12 @@ class IDKCascade:
             )
         return chosen.expand(count, -1)
 
-    def _affordable(
-        self, output: CascadeOutput, left: Tensor, number: int, budget: Tensor | None, max_stage: int | None
-    ) -> Tensor:
-        """Those of the images passed on to model `number` that it may run on; the others keep their answer."""
-        if max_stage is not None and number > max_stage:
-            output.stopped[left] = True
-            return left[:0]
-        if budget is None:
-            return left
-        fits = output.macs[left] + self.costs[number] <= budget[left]
-        output.stopped[left[~fits]] = True
-        return left[fits]
-
-    def _record(self, output: CascadeOutput, number: int, rows: Tensor, answer: Prediction, limit: Tensor) -> Tensor:
-        """Write a model's answers for `rows`, and return the rows that its add-on passes on."""
-        if not number:
-            output.probabilities = torch.zeros(len(output.labels), answer.probabilities.shape[1])
-        output.probabilities[rows] = answer.probabilities.float().cpu()
-        output.stage[rows] = number
-        output.ran[rows, number] = True
-        output.macs[rows] += answer.macs.cpu()
-        if number == len(self.idk):
-            return rows[:0]
-        uncertainty, score = ask(self.idk[number], output.probabilities[rows])
-        output.macs[rows] += self.idk[number].macs
-        output.uncertainty[rows, number] = uncertainty
-        output.score[rows, number] = score
-        return rows[score > limit[rows, number]]
-
 
 @torch.no_grad()
 def ask(classifier: IDKClassifier, probabilities: Tensor) -> tuple[Tensor, Tensor]:
     """h and the score behind it, float64 (n,) each."""
     score = classifier.score(probabilities)
-    h = torch.sigmoid(score) if classifier.kind == "cost" else (score > classifier.threshold).double()
-    return h, score
+    return classifier.h(score), score
 
 
 def check_costs(costs: Sequence[float], models: int) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,11 +21,11 @@ from dataeff.cascades.idk.artifact import AddOn, CalibrationRecord, CascadeSpec,
 from dataeff.cascades.idk.calibration import warn_of_leakage
 from dataeff.cascades.idk.cascade import CascadeReport, Tally, ask, check_tables, correct_matrix, exit_stages
 from dataeff.cascades.idk.fit import CurvePoint, FitConfig, FittedCascade, fit_cascade
-from dataeff.cascades.idk.predictor import load_cascade
+from dataeff.cascades.idk.predictor import CascadePredictor, load_cascade
 from dataeff.cascades.idk.search import Ints
 from dataeff.cascades.idk.stages import Source, collect, describe, open_source, score_chunks
 from dataeff.cascades.idk.uncertainty import IDKClassifier, entropy
-from dataeff.core.artifact import Artifact, Card, Predictor, save_artifact, versions
+from dataeff.core.artifact import Artifact, Card, save_artifact, versions
 from dataeff.core.config import ExperimentConfig
 from dataeff.core.experiment import Experiment
 from dataeff.core.runtime import Runtime
@@ -344,8 +344,8 @@ class IdkExperiment(Experiment):
             analysis.plot_comparison(found, directory / "comparison.png")
 
     @classmethod
-    def load_predictor(cls, artifact: Artifact, device: str) -> Predictor:
-        return load_cascade(artifact, device)
+    def load_predictor(cls, artifact: Artifact, device: str, networks: Sequence[int] | None = None) -> CascadePredictor:
+        return load_cascade(artifact, device, networks)
 
 
 def _restore(kept: Mapping[str, Any], config: IdkConfig, classes: int) -> tuple[FittedCascade, CalibrationRecord]:

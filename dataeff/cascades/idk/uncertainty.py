@@ -140,7 +140,10 @@ class IDKClassifier(nn.Module):
 
     def uncertainty(self, probabilities: Tensor) -> Tensor:
         """h in [0, 1], float64 (n,); above 0.5 means IDK. 0 or 1 for the kinds with a scalar."""
-        score = self.score(probabilities)
+        return self.h(self.score(probabilities))
+
+    def h(self, score: Tensor) -> Tensor:
+        """`uncertainty` for a score that is known."""
         return torch.sigmoid(score) if self.kind == "cost" else (score > self.threshold).double()
 
     def predict_idk(self, probabilities: Tensor) -> Tensor:
