@@ -1,5 +1,6 @@
 """Claims of the robustness study (spec nas_adversarial_robustness section 6, numbers 1 to 13), and of its attacks
-(section 8); T0 to T13 recompute the published tables. Repeats are the seeds. All figures are percentages or their differences, in points."""
+(section 8); T0 to T13 recompute the published tables. Repeats are the seeds. All figures are percentages or their
+differences, in points."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
