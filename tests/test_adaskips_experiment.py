@@ -16,6 +16,7 @@ from dataeff.data import open_splits
 from dataeff.dynamic.adaskips.experiment import PRETRAINING, TRANSFER, AdaSkipsConfig, AdaSkipsExperiment
 from dataeff.dynamic.adaskips.finetune import BiTuning
 from dataeff.dynamic.adaskips.predictor import AdaSkipsPredictor
+from tests.experiment_helpers import finish, same
 
 DATA = "digits?size=16&rate=20"
 TINY: dict[str, Any] = {
@@ -34,14 +35,6 @@ METHODS = ["vanilla", "lwf", "bss", "delta", "co_tuning", "stoch_norm", "bi_tuni
 
 def make(data: str = DATA, **changes: Any) -> AdaSkipsExperiment:
     return AdaSkipsExperiment(parse_config(AdaSkipsConfig, merge(TINY, changes)), data, Runtime("cpu"))
-
-
-def finish(experiment: AdaSkipsExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def state(experiment: AdaSkipsExperiment) -> dict[str, Tensor]:

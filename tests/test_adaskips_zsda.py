@@ -20,6 +20,7 @@ from dataeff.dynamic.adaskips.hosts import SmallResNet
 from dataeff.dynamic.adaskips.model import AdaSkipResNet
 from dataeff.dynamic.adaskips.network import TransferNetwork
 from dataeff.dynamic.adaskips.zsda import ADAPTATION, ZsdaConfig, ZsdaExperiment
+from tests.experiment_helpers import finish, same
 
 PLAIN = {"skips": "standard", "skip_weights": "ones", "module_bn": False}
 TINY: dict[str, Any] = {
@@ -37,14 +38,6 @@ COMBINATIONS = list(itertools.product([False, True], repeat=3))
 
 def make(data: str = "rendered-digits", **changes: Any) -> ZsdaExperiment:
     return ZsdaExperiment(parse_config(ZsdaConfig, merge(TINY, changes)), data, Runtime("cpu"))
-
-
-def finish(experiment: ZsdaExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 def identity(gradient: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from dataeff.data import open_splits
 from dataeff.dynamic.deepmoe import analysis
 from dataeff.dynamic.deepmoe.experiment import DeepMoEConfig, DeepMoEExperiment
 from dataeff.dynamic.deepmoe.model import DeepMoE
+from tests.experiment_helpers import finish, same
 
 TINY: dict[str, Any] = {
     "arch": "vgg6",
@@ -35,14 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:embedding network and heads cost
 
 def make(**changes: Any) -> DeepMoEExperiment:
     return DeepMoEExperiment(parse_config(DeepMoEConfig, merge(TINY, changes)), "digits", Runtime("cpu"))
-
-
-def finish(experiment: DeepMoEExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("arm", ARMS)

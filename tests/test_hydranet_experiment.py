@@ -20,6 +20,7 @@ from dataeff.dynamic.hydranet.experiment import HydraNetConfig, HydraNetExperime
 from dataeff.dynamic.hydranet.model import HydraNet
 from ray_jobs.claims import HOLDS, Verdict, load_claims, plan
 from ray_jobs.cli import CONFIGS
+from tests.experiment_helpers import finish, same
 
 TINY: dict[str, Any] = {
     "base": "mini",
@@ -36,14 +37,6 @@ TINY: dict[str, Any] = {
 
 def make(data: str = "digits", **changes: Any) -> HydraNetExperiment:
     return HydraNetExperiment(parse_config(HydraNetConfig, merge(TINY, changes)), data, Runtime("cpu"))
-
-
-def finish(experiment: HydraNetExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 ARMS: list[dict[str, Any]] = [

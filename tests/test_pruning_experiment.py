@@ -18,6 +18,7 @@ from dataeff.core.runtime import Runtime
 from dataeff.data import open_splits
 from dataeff.nn.backbone import backbone_macs, residual_blocks
 from dataeff.supervised import SupervisedExperiment
+from tests.experiment_helpers import finish, same
 
 STAGE = {"iterations": 6, "batch": 16, "lr": 0.05}
 COMMON: dict[str, Any] = {"depth": 14, "widths": [4, 8, 16], "augment": "shift", "report_every": 3, "train": STAGE}
@@ -47,14 +48,6 @@ def make(case: str, data: str = "digits", **changes: Any) -> SupervisedExperimen
     made = experiment(parse_config(experiment.config_schema, settings), data, Runtime("cpu"))
     assert isinstance(made, SupervisedExperiment)
     return made
-
-
-def finish(experiment: SupervisedExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @EACH

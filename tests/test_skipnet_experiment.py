@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import dataeff
 from dataeff.core.config import merge, parse_config
@@ -14,6 +13,7 @@ from dataeff.core.runtime import Runtime
 from dataeff.data import open_splits
 from dataeff.dynamic.skipnet import analysis
 from dataeff.dynamic.skipnet.experiment import ARMS, HRL, SkipNetConfig, SkipNetExperiment, StageConfig
+from tests.experiment_helpers import finish, same
 
 TINY: dict[str, Any] = {
     "depth": 8,
@@ -29,14 +29,6 @@ TINY: dict[str, Any] = {
 def make(data: str = "digits", **changes: Any) -> SkipNetExperiment:
     config = parse_config(SkipNetConfig, merge(TINY, changes))
     return SkipNetExperiment(config, data, Runtime("cpu"))
-
-
-def finish(experiment: SkipNetExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("arm", ARMS)
