@@ -1,12 +1,13 @@
 """A cascade over HTTP against its accurate network alone, in our server, in LitServe and in plain FastAPI + uvicorn.
 
     python -m benchmarks.cascade_serving
+    python -m benchmarks.cascade_serving --network resnet18 --size 64    # hardly dearer than a request's own cost
     python -m benchmarks.cascade_serving --stages runs/small/artifact,runs/large/artifact --thresholds 0.2
 
 Without `--stages` both networks have random weights, and the threshold passes on the share of images in `--idk`: the
-speed does not depend on what the networks know. Each server runs alone, one process with one torch thread for the
-network; clients and servers share this machine. Rounds go through all servers in turn; medians are shown. The last line
-is JSON.
+speed does not depend on what the networks know. Every server may run `--workers` networks at once, each with one torch
+thread: replicas here, worker processes in LitServe, threads in FastAPI. Clients and servers share this machine. Rounds
+go through all servers in turn; medians are shown. The last line is JSON.
 """
 
 import argparse
@@ -34,37 +35,38 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import get_model
 
 from benchmarks.http_load import ROOT, load_test
 from dataeff.core.artifact import Card, Prediction, Predictor, load
 from dataeff.data import Preprocess
 from serve.cascade import Cascade, StagedCascade
 from serve.limits import Limits, decode_image
-from serve.loading import Loader, load_cascade, load_stage
+from serve.loading import Loader
 from serve.versions import Version
 
-SIZE, CLASSES = 64, 10
+CLASSES = 10
 CLIENTS = (1, 16, 64)
 LIMITS = Limits()
 
 
 @dataclass
 class RandomNetwork:
-    """A network with random weights: number 0 is small, 1 is torchvision's ResNet-18."""
+    """A network with random weights: "small", or one of torchvision's, for images of `size` pixels."""
 
-    number: int
+    name: str
+    size: int
 
     def __post_init__(self) -> None:
-        torch.manual_seed(self.number)
-        self.network = (_small(), resnet18(num_classes=CLASSES))[self.number].eval()
+        torch.manual_seed(0)
+        self.network = (_small() if self.name == "small" else get_model(self.name, num_classes=CLASSES)).eval()
         self.network = self.network.to(memory_format=torch.channels_last)
-        self.input_shape, self.path_names = (3, SIZE, SIZE), list[str]()
-        self.macs = float(_multiply_adds(self.network))
-        values = {"channels": 3, "size": (SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        self.input_shape, self.path_names = (3, self.size, self.size), list[str]()
+        self.macs = float(_multiply_adds(self.network, self.size))
+        values = {"channels": 3, "size": (self.size, self.size), "mean": (0.5,) * 3, "std": (0.25,) * 3}
         self._preprocess = Preprocess.from_dict(values)
         self.card = Card(
-            method=("small", "resnet18")[self.number],
+            method=self.name,
             classes=[str(number) for number in range(CLASSES)],
             input_shape=self.input_shape,
             preprocess=self._preprocess.to_dict(),
@@ -91,41 +93,41 @@ def _small() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
 
 
-def _multiply_adds(network: nn.Module) -> int:
+def _multiply_adds(network: nn.Module, size: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.zeros(1, 3, SIZE, SIZE))
+        network(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
 
 
 @cache
-def random_network(number: int) -> RandomNetwork:
-    return RandomNetwork(number)
+def network_of(folder: str) -> Predictor:
+    """An artifact's network, or the one that a name as `random:resnet18:224` describes."""
+    kind, *rest = Path(folder).name.split(":")
+    if kind != "random":
+        return load(folder)
+    return RandomNetwork(rest[0], int(rest[1]))
 
 
-def random_cascade(version: Version, networks: bool = True) -> Cascade:
-    stages = [random_network(number) for number in range(2)]
+def cascade_of(version: Version, networks: bool = True) -> Cascade:
+    stages = [network_of(folder) for folder in version.stages]
     cascade: Cascade = StagedCascade([stage.card for stage in stages], version.thresholds, stages)
     return cascade
 
 
-def random_stage(version: Version, number: int) -> Predictor:
-    return random_network(number)
+def stage_of(version: Version, number: int) -> Predictor:
+    return network_of(version.stages[number])
 
 
-def network_of(folder: str) -> Predictor:
-    return random_network(1) if folder.endswith("random") else load(folder)
-
-
-def pictures(count: int = 256) -> list[bytes]:
+def pictures(size: int, count: int = 64) -> list[bytes]:
     """Smooth random pictures as PNG."""
     generator = np.random.default_rng(0)
     bodies = []
     for _ in range(count):
         coarse = PIL.Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         buffer = BytesIO()
-        coarse.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC).save(buffer, "PNG")
+        coarse.resize((size, size), PIL.Image.Resampling.BICUBIC).save(buffer, "PNG")
         bodies.append(buffer.getvalue())
     return bodies
 
@@ -140,7 +142,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def ours(accurate: str, stages: str, thresholds: str) -> Iterator[dict[str, str]]:
+def ours(stages: list[str], thresholds: str, workers: int) -> Iterator[dict[str, str]]:
     """Ray Serve with both applications; only one of them is asked at a time."""
     import ray
     from ray import serve
@@ -150,20 +152,23 @@ def ours(accurate: str, stages: str, thresholds: str) -> Iterator[dict[str, str]
     from serve.app import build, build_cascade, parse_cascade_options, parse_options
 
     port = free_port()
+    # As the other servers; Ray gives its workers 15, behind everything else.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own name
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=2 * workers,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
-    own = Loader(load_cascade, load_stage) if stages != "random" else Loader(here.random_cascade, here.random_stage)
-    options = parse_cascade_options({"stages": stages, "thresholds": thresholds, "num_cpus": 1})
+    common = {"num_cpus": 1, "replicas": workers}
+    own = Loader(here.cascade_of, here.stage_of)
+    options = parse_cascade_options(common | {"stages": ",".join(stages), "thresholds": thresholds})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_cascade(options, own), name="cascade", route_prefix="/cascade")
-        alone = build(parse_options({"artifact": accurate, "num_cpus": 1}), here.network_of)
+        alone = build(parse_options(common | {"artifact": stages[-1]}), here.network_of)
         serve.run(alone, name="accurate", route_prefix="/accurate")
         yield {name: f"http://127.0.0.1:{port}/{name}/predict" for name in ("cascade", "accurate")}
     finally:
@@ -171,8 +176,8 @@ def ours(accurate: str, stages: str, thresholds: str) -> Iterator[dict[str, str]
         ray.shutdown()
 
 
-def fastapi_server(folder: str, port: int) -> None:
-    """Plain FastAPI: the body as bytes, the blocking work in the thread pool, one uvicorn process."""
+def fastapi_server(folder: str, port: int, workers: int) -> None:
+    """Plain FastAPI: the body as bytes, the blocking work in the thread pool (of its own size), one uvicorn process."""
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
@@ -224,19 +229,20 @@ class Classifier(litserve.LitAPI):  # type: ignore[misc]
         return {"label": int(label), "probability": float(probability)}
 
 
-def litserve_server(folder: str, port: int) -> None:
-    """LitServe: one worker process for the network."""
+def litserve_server(folder: str, port: int, workers: int) -> None:
+    """LitServe: worker processes for the network."""
     api = Classifier(max_batch_size=64, batch_timeout=0.003)
     api.folder = folder
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers)
     server.run(host="127.0.0.1", port=port, log_level="error", generate_client_file=False)
 
 
 @contextmanager
-def process(kind: str, accurate: str) -> Iterator[str]:
+def process(kind: str, accurate: str, workers: int) -> Iterator[str]:
     """One of the two other servers in a process group of its own."""
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.cascade_serving", "--server", kind, "--accurate", accurate]
+    command += ["--workers", str(workers)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [*command, "--port", str(port)], cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
@@ -266,9 +272,10 @@ def process(kind: str, accurate: str) -> Iterator[str]:
 def measure(url: str, bodies: list[bytes], clients: int, seconds: float) -> tuple[float, float, int]:
     """Requests per second, p99 in milliseconds, failures."""
     started = time.perf_counter()
-    latencies, failures = asyncio.run(load_test(url, bodies, clients, seconds))
+    result = asyncio.run(load_test(url, bodies, clients, seconds))
     elapsed = time.perf_counter() - started
-    return len(latencies) / elapsed, float(np.percentile(latencies, 99)) * 1000, sum(failures.values())
+    p99 = float(np.percentile(result.latencies, 99)) * 1000
+    return len(result.latencies) / elapsed, p99, sum(result.failures.values())
 
 
 def offline(cascade: Cascade, accurate: Predictor, inputs: Tensor) -> float:
@@ -289,10 +296,13 @@ def offline(cascade: Cascade, accurate: Predictor, inputs: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A cascade over HTTP against its accurate network in other servers")
-    parser.add_argument("--stages", default="random", help="two or more artifact folders, cheapest first, with commas")
+    parser.add_argument("--stages", help="two or more artifact folders, cheapest first, with commas; default: random")
+    parser.add_argument("--network", default="resnet18", help="torchvision's, of random weights (default %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="its images' pixels, squared (default %(default)s)")
     parser.add_argument("--thresholds", help="of all stages but the last, with commas; needed with --stages")
     parser.add_argument("--idk", type=float, default=0.3, help="random weights: share of images passed on")
     parser.add_argument("--seconds", type=float, default=4, help="each measurement (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="networks at once in every server (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind (default %(default)s)")
     parser.add_argument("--images", type=Path, help="folder of pictures; default: random ones")
     parser.add_argument("--server", choices=("fastapi", "litserve"), help=argparse.SUPPRESS)
@@ -300,7 +310,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.server:
-        {"fastapi": fastapi_server, "litserve": litserve_server}[arguments.server](arguments.accurate, arguments.port)
+        serve_with = {"fastapi": fastapi_server, "litserve": litserve_server}[arguments.server]
+        serve_with(arguments.accurate, arguments.port, arguments.workers)
         return
     torch.set_num_threads(1)
     compare(arguments)
@@ -309,36 +320,38 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     from benchmarks.http_load import files
 
-    bodies = files(arguments.images) if arguments.images else pictures()
-    stages, thresholds = arguments.stages, arguments.thresholds
-    accurate = "random" if stages == "random" else str(Path(stages.rsplit(",", 1)[-1]).resolve())
-    network = network_of(accurate)
-    inputs = network.preprocess([decode_image(body, LIMITS) for body in bodies])
-    if stages == "random":
-        unsure = 1 - random_network(0).predict(inputs).probabilities.double().amax(1)
-        thresholds = str(float(unsure.quantile(1 - arguments.idk)))
-        cascade = random_cascade(Version(stages=("random",), thresholds=(float(thresholds),)))
+    bodies = files(arguments.images) if arguments.images else pictures(arguments.size)
+    if arguments.stages:
+        stages, thresholds = (
+            [str(Path(folder).resolve()) for folder in arguments.stages.split(",")],
+            arguments.thresholds,
+        )
     else:
-        numbers = tuple(float(part) for part in thresholds.split(","))
-        cascade = load_cascade(Version(stages=tuple(stages.split(",")), thresholds=numbers))
+        stages, thresholds = [f"random:{name}:{arguments.size}" for name in ("small", arguments.network)], None
+    network = network_of(stages[-1])
+    inputs = network.preprocess([decode_image(body, LIMITS) for body in bodies])
+    if thresholds is None:
+        unsure = 1 - network_of(stages[0]).predict(inputs).probabilities.double().amax(1)
+        thresholds = str(float(unsure.quantile(1 - arguments.idk)))
+    cascade = cascade_of(Version(stages=tuple(stages), thresholds=tuple(float(part) for part in thresholds.split(","))))
     ratio = float(cascade.predict(inputs).macs.mean()) / network.card.cost["full_macs"]
     promised = offline(cascade, network, inputs)
     print(
         f"cascade: {ratio:.3f} of the accurate network's multiply-adds, {1 / promised:.3f} of its time in batches of 64"
     )
-    found = run_all(arguments, bodies, accurate, stages, thresholds)
+    found = run_all(arguments, bodies, stages, thresholds)
     report(found, promised, ratio)
 
 
 def run_all(
-    arguments: argparse.Namespace, bodies: list[bytes], accurate: str, stages: str, thresholds: str
+    arguments: argparse.Namespace, bodies: list[bytes], stages: list[str], thresholds: str
 ) -> dict[tuple[str, int], list[tuple[float, float, int]]]:
     found: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
     as_json = [json.dumps({"image": base64.b64encode(body).decode()}).encode() for body in bodies]
     with (
-        ours(accurate, stages, thresholds) as urls,
-        process("fastapi", accurate) as fastapi,
-        process("litserve", accurate) as litserve,
+        ours(stages, thresholds, arguments.workers) as urls,
+        process("fastapi", stages[-1], arguments.workers) as fastapi,
+        process("litserve", stages[-1], arguments.workers) as litserve,
     ):
         servers = [
             ("cascade", partial(measure, urls["cascade"], bodies)),

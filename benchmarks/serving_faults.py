@@ -169,8 +169,8 @@ def flood(url: str) -> Callable[[], None]:
 
         from benchmarks.http_load import load_test
 
-        _, failures = asyncio.run(load_test(f"{url}/predict", [encoded(picture(0))], 600, 3))
-        print(f"  the flood itself: {dict(failures)}")
+        flooded = asyncio.run(load_test(f"{url}/predict", [encoded(picture(0))], 600, 3))
+        print(f"  the flood itself: {dict(flooded.failures)}")
 
     return act
 
@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace, url: str, port: int, queue: Path) -> dict
     one, two = {"1": {"artifact": "human1"}}, {"2": {"artifact": "human2"}}
     colocated = {
         "kill a replica": kill("CascadeServer"),
-        "kill the proxy": kill("ProxyActor"),
+        "kill the proxy": kill("HAProxyManager"),
         "kill the controller": kill("ServeController"),
         "swap the version": lambda: deploy(port, "colocated", two, queue, ""),
         "swap it back": lambda: deploy(port, "colocated", one, queue, ""),

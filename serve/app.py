@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor, load, read_artifact
 from dataeff.core.config import parse_config
-from serve.batching import Batcher
-from serve.cascade import Cascade, early_exit
+from dataeff.nn.cascade import CascadePrediction, Walk
+from serve.batching import Batcher, Part, whole
+from serve.cascade import Cascade, exits
 from serve.distributed import RemoteStages, StageServer
 from serve.drift import DriftAlarm
 from serve.http import create_app
@@ -118,6 +119,7 @@ class Server(ABC):
         self.options = options
         self.threads = max(1, int(options.num_cpus))
         torch.set_num_threads(self.threads)
+
         self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.versions = Versions(options.name, self.load_version, options.timeout_s)
         self.human: HumanDesk | None = None
@@ -161,14 +163,13 @@ class ModelServer(Server):
         full_macs = predictor.card.cost["full_macs"]
 
         def run(images: Tensor, budgets: Tensor) -> Prediction:
-            with torch.inference_mode():
-                prediction = predictor.predict(images, None if budgets.isinf().all() else budgets)
+            prediction = predictor.predict(images, None if budgets.isinf().all() else budgets)
             self.metrics.batch(prediction, full_macs, name)
             return prediction
 
         # The first run allocates and tunes; no client should wait for it.
         await asyncio.to_thread(predictor.predict, torch.zeros(1, *predictor.input_shape))
-        batcher = Batcher(run, self.options.max_batch, self.options.batch_wait_ms / 1000)
+        batcher = Batcher(whole(run), self.options.max_batch, self.options.batch_wait_ms / 1000)
         return ServedModel(predictor, batcher.predict, batcher.close, batcher.check)
 
 
@@ -193,18 +194,18 @@ class CascadeServer(Server):
             await asyncio.to_thread(stage.predict, torch.zeros(1, *cascade.input_shape))
         served: ServedCascade
 
-        def run(images: Tensor, thresholds: Tensor) -> Prediction:
-            with torch.inference_mode():
-                prediction = early_exit(cascade, images, thresholds)
-            self.count(served, name, prediction, thresholds)
-            return prediction
+        def run(images: Tensor, thresholds: Tensor) -> Iterator[Part]:
+            walk = Walk(thresholds, len(cascade.costs))
+            for rows in exits(cascade, images, walk):
+                yield rows, walk.prediction
+            self.count(served, name, walk.prediction, thresholds)
 
         batcher = Batcher(run, self.options.max_batch, self.options.batch_wait_ms / 1000)
         alarm = DriftAlarm(cascade.calibrated)
         served = ServedCascade(cascade, batcher.predict, batcher.close, batcher.check, alarm)
         return served
 
-    def count(self, served: ServedCascade, version: str, prediction: Any, thresholds: Tensor) -> None:
+    def count(self, served: ServedCascade, version: str, prediction: CascadePrediction, thresholds: Tensor) -> None:
         self.metrics.batch(prediction, served.cascade.costs[-1], version)
         before = served.alarm.added // DRIFT_EVERY
         served.observe(prediction, thresholds)
@@ -227,7 +228,7 @@ class DistributedServer(CascadeServer):
         await remote.ready()
         served: ServedCascade
 
-        async def predict(images: Tensor, thresholds: Tensor) -> Prediction:
+        async def predict(images: Tensor, thresholds: Tensor) -> CascadePrediction:
             prediction = await remote.predict(images, thresholds)
             self.count(served, name, prediction, thresholds)
             return prediction

@@ -1,12 +1,6 @@
-"""An IDK cascade as serving sees it, and the walk of a batch through its stages (spec idk_cascades 2.3, 2.8).
+"""An IDK cascade as serving sees it: a `Predictor` whose stages can be asked one by one (see dataeff.nn.cascade)."""
 
-A cascade is a `Predictor` whose stages can be asked one by one. Each stage but the last has an add-on: a score of the
-stage's probabilities, and a threshold above which the answer is "I don't know" and the next stage is asked. With an
-add-on behind the last stage too, what that one passes on goes to a person.
-"""
-
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +10,7 @@ from torch import Tensor
 
 from dataeff.core.artifact import Card, Prediction, Predictor
 from dataeff.data import Preprocess
+from dataeff.nn.cascade import CascadePrediction, Walk
 
 
 class Point(Protocol):
@@ -66,86 +61,31 @@ class Stage(Protocol):
     def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction: ...
 
 
-@dataclass
-class CascadePrediction(Prediction):
-    """Answers for B images; `path` [B, N] says which stages ran.
+def record(cascade: Cascade, walk: Walk, number: int, answer: Prediction) -> Tensor:
+    """Take a stage's answers; the images that it answers, as rows of the batch."""
+    if number == len(cascade.thresholds):
+        return walk.record(number, answer)
+    return walk.record(number, answer, cascade.score(number, answer.probabilities), cascade.score_macs[number])
 
-    score, entropy: float64 [B, A], what each add-on said and the entropy (nats) of what it saw, NaN where it was not
-    asked. idk: bool [B], passed on by the last add-on as well: a person should answer. degraded: bool [B], a later
-    stage was asked and failed.
+
+def exits(cascade: Cascade, images: Tensor, walk: Walk) -> Iterator[Tensor]:
+    """Run every stage on those images only that the stage before passed on; yields the rows that each answers.
+
+    Args:
+        images: float32 [B, C, H, W].
     """
-
-    score: Tensor
-    entropy: Tensor
-    idk: Tensor
-    degraded: Tensor
-
-    @property
-    def stage(self) -> Tensor:
-        """int64 [B], which stage answered, from 0."""
-        return (self.path * torch.arange(1, self.path.shape[1] + 1)).argmax(1)
-
-
-class Walk:
-    """A batch on its way: `rows` are the images that the next stage is asked about.
-
-    Example:
-        >>> walk = Walk(cascade, thresholds)
-        >>> for number, stage in enumerate(cascade.stages):
-        ...     walk.record(number, stage.predict(images[walk.rows]))
-        ...     if not len(walk.rows):
-        ...         break
-        >>> walk.prediction
-    """
-
-    def __init__(self, cascade: Cascade, thresholds: Tensor) -> None:
-        count, stages, asked = len(thresholds), len(cascade.costs), len(cascade.thresholds)
-        self._cascade, self._thresholds = cascade, thresholds
-        self.rows = torch.arange(count)
-        self.prediction = CascadePrediction(
-            probabilities=torch.zeros(count, len(cascade.card.classes)),
-            macs=torch.zeros(count, dtype=torch.float64),
-            path=torch.zeros(count, stages, dtype=torch.bool),
-            score=torch.full((count, asked), math.nan, dtype=torch.float64),
-            entropy=torch.full((count, asked), math.nan, dtype=torch.float64),
-            idk=torch.zeros(count, dtype=torch.bool),
-            degraded=torch.zeros(count, dtype=torch.bool),
-        )
-
-    def record(self, stage: int, answer: Prediction) -> None:
-        """Take a stage's answers for `rows`, and keep in `rows` those that its add-on passes on."""
-        found, rows = self.prediction, self.rows
-        found.probabilities[rows] = answer.probabilities
-        found.macs[rows] += answer.macs
-        found.path[rows, stage] = True
-        if stage == found.score.shape[1]:
-            self.rows = rows[:0]
+    for number, stage in enumerate(cascade.stages):
+        answer = stage.predict(images if len(walk.rows) == len(images) else images[walk.rows])
+        yield record(cascade, walk, number, answer)
+        if not len(walk.rows):
             return
-        score = self._cascade.score(stage, answer.probabilities).double()
-        found.macs[rows] += self._cascade.score_macs[stage]
-        found.score[rows, stage] = score
-        found.entropy[rows, stage] = torch.special.entr(answer.probabilities.double()).sum(-1)
-        self.rows = rows[score > self._thresholds[rows, stage]]
-        if stage == found.path.shape[1] - 1:
-            found.idk[self.rows] = True
-
-    def give_up(self) -> None:
-        """The next stage failed: `rows` keep the answer of the one before."""
-        self.prediction.degraded[self.rows] = True
-        self.rows = self.rows[:0]
 
 
 def early_exit(cascade: Cascade, images: Tensor, thresholds: Tensor) -> CascadePrediction:
-    """Run every stage on those images only that the stage before passed on.
-
-    Args:
-        images: float32 [B, C, H, W]. thresholds: float64 [B, A], of each image's own choice; infinite: answer here.
-    """
-    walk = Walk(cascade, thresholds)
-    for number, stage in enumerate(cascade.stages):
-        walk.record(number, stage.predict(images if len(walk.rows) == len(images) else images[walk.rows]))
-        if not len(walk.rows):
-            break
+    """All of `exits` at once; thresholds float64 [B, A]."""
+    walk = Walk(thresholds, len(cascade.costs))
+    for _ in exits(cascade, images, walk):
+        pass
     return walk.prediction
 
 

@@ -30,6 +30,10 @@ class ServerError(Exception):
         self.status = status
 
 
+class Refusal(str):
+    """The sentence of our own server; a proxy in front of it, just started, says other things with the same status."""
+
+
 class Client:
     """Asks a server of this package.
 
@@ -88,7 +92,7 @@ class Client:
             if status is not None and status < 400:
                 answer: dict[str, Any] = message
                 return answer
-            final = status is not None and status not in AGAIN
+            final = status is not None and status not in AGAIN and isinstance(message, Refusal)
             pause = max(pause, wait * random.uniform(0.5, 1.5))
             if final or not self._retry or time.monotonic() + pause > end:
                 raise ServerError(status, str(message))
@@ -105,8 +109,8 @@ class Client:
         if response.is_success:
             return response.status_code, response.json() if response.content else {}, 0.0
         try:
-            message = response.json()["error"]
+            message: str = Refusal(response.json()["error"])
         except (ValueError, KeyError, TypeError):
-            message = response.text[:200]
+            message = response.text[:200]  # not our server: a proxy before it, which may not know it yet
         wait = response.headers.get("retry-after", "0")
         return response.status_code, message, float(wait) if wait.isdigit() else 0.0

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from serve import RAY_SETTINGS
 from serve.app import parse_cascade_options, parse_options
 from serve.loading import load_cascade
 from serve.options import CascadeOptions, ServerOptions, deployment_settings, stage_settings
@@ -33,7 +34,9 @@ def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
     for deployment in settings:
         deployment["user_config"] = table  # one table: YAML shows it once and refers to it
     absolute = {name: getattr(options, name) for name in options.paths if name in args}
+    environment = {"env_vars": dict(RAY_SETTINGS)}  # of the controller, of the proxies that it starts, and of replicas
     return {
+        "controller_options": {"runtime_env": environment},
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000, "request_timeout_s": options.timeout_s + 5},
         "applications": [
@@ -41,6 +44,7 @@ def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
                 "name": options.name or kind,
                 "route_prefix": "/",
                 "import_path": f"serve.app:{kind}",
+                "runtime_env": environment,
                 "args": dict(args) | absolute,
                 "deployments": settings,
             }

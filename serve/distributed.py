@@ -13,8 +13,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from torch import Tensor
 
 from dataeff.core.artifact import Prediction
-from serve.batching import Batcher
-from serve.cascade import Cascade, CascadePrediction, Stage, Walk
+from dataeff.nn.cascade import CascadePrediction, Walk
+from serve.batching import Batcher, whole
+from serve.cascade import Cascade, Stage, record
 from serve.limits import RequestError
 from serve.loading import Loader
 from serve.metrics import Metrics
@@ -46,13 +47,12 @@ class StageServer:
         await asyncio.to_thread(network.predict, torch.zeros(1, *cascade.input_shape))
 
         def run(images: Tensor, settings: Tensor) -> Prediction:
-            with torch.inference_mode():
-                prediction = network.predict(images)
+            prediction = network.predict(images)
             self._metrics.batch(prediction, cascade.costs[self._number], name)
             return prediction
 
         largest = int(self._options.of_stage("stage_max_batch", self._number, self._options.max_batch))
-        batcher = Batcher(run, largest, self._options.batch_wait_ms / 1000)
+        batcher = Batcher(whole(run), largest, self._options.batch_wait_ms / 1000)
         return ServedModel(cascade, batcher.predict, batcher.close, batcher.check)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -109,15 +109,15 @@ class RemoteStages:
         Raises:
             RequestError: 503, the first stage failed, or any with `on_failure` "fail".
         """
-        walk = Walk(self._cascade, thresholds)
+        walk = Walk(thresholds, len(self._cascade.costs))
         for number in range(len(self._stages)):
             try:
-                walk.record(number, await self._ask(number, images[walk.rows]))
+                record(self._cascade, walk, number, await self._ask(number, images[walk.rows]))
             except (TimeoutError, RayServeException, RayActorError, RuntimeError) as error:
                 logger.warning("stage %d failed: %s", number + 1, type(error).__name__)
                 if number == 0 or self._on_failure == "fail":
                     raise RequestError(503, f"stage {number + 1} does not answer; try again later") from None
-                walk.give_up()
+                walk.stop()
             if not len(walk.rows):
                 break
         return walk.prediction

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from dataeff.core.artifact import Prediction
-from serve.cascade import CascadePrediction
+from dataeff.nn.cascade import CascadePrediction
 
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -95,11 +95,11 @@ class Metrics:
 
     def _stages(self, prediction: CascadePrediction, version: str) -> None:
         stage = prediction.stage
-        self._degraded.inc(int(prediction.degraded.sum()), version)
+        self._degraded.inc(int(prediction.stopped.sum()), version)
         for number in range(prediction.path.shape[1]):
             asked = int(prediction.path[:, number].sum())
             exits = int((stage == number).sum())
-            at_the_end = int(((prediction.idk | prediction.degraded) & (stage == number)).sum())
+            at_the_end = int(((prediction.idk | prediction.stopped) & (stage == number)).sum())
             self._asked.inc(asked, version, str(number + 1))
             self._exits.inc(exits, version, str(number + 1))
             self._idk.inc(asked - exits + at_the_end, version, str(number + 1))

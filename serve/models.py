@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor
 from dataeff.metrics.curve import pick_point
-from serve.cascade import Calibrated, Cascade, CascadePrediction
+from dataeff.nn.cascade import CascadePrediction
+from serve.cascade import Calibrated, Cascade
 from serve.drift import DriftAlarm
 from serve.limits import RequestError, Wishes, check_fraction
 from serve.protocol import TensorSpec
@@ -184,14 +185,14 @@ class ServedCascade(ServedModel):
         ]
         if stage == prediction.score.shape[1]:  # the last stage has no add-on
             path.append({"model": cascade.names[stage], "uncertainty": None, "entropy": None, "idk": False})
-        path[-1]["idk"] = bool(prediction.idk[0] or prediction.degraded[0])
+        path[-1]["idk"] = bool(prediction.idk[0] or prediction.stopped[0])
         return self.describe_class(prediction) | {
             "stage": stage + 1,
             "model": cascade.names[stage],
             "uncertainty": path[-1]["uncertainty"],
             "path": path,
             "relative_cost": prediction.macs[0].item() / cascade.costs[-1],
-            "degraded": bool(prediction.degraded[0]),
+            "degraded": bool(prediction.stopped[0]),
         }
 
     def observe(self, prediction: CascadePrediction, thresholds: Tensor) -> None:

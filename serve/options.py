@@ -21,7 +21,7 @@ class ServerOptions(Limits):
     name: str = Field("", pattern=r"^[\w.-]*$", description="model name in URLs; empty: the artifact's method")
     max_batch: int = Field(64, ge=1, le=4096, description="most images that the network runs at once")
     batch_wait_ms: float = Field(
-        3.0, ge=0, le=1000, description="longest that an image waits for company, milliseconds"
+        0.0, ge=0, le=1000, description="longest that an image waits for company at a free network, milliseconds"
     )
     replicas: int = Field(1, ge=1, description="copies of the network")
     num_cpus: float = Field(1.0, gt=0, description="CPU cores of each replica; whole ones become torch threads")

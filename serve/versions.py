@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-import uuid
+import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
@@ -105,8 +105,8 @@ class Versions:
 
     def choose(self, key: str | None = None) -> str:
         """A version by the traffic split; one `key` always gets the same one, so that a retry does."""
-        digest = hashlib.sha256((key or uuid.uuid4().hex).encode()).digest()
-        place = int.from_bytes(digest[:8]) / 2**64 * sum(source.weight for source in self._sources.values())
+        share = random.random() if key is None else int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+        place = share * sum(source.weight for source in self._sources.values())
         for version, source in self._sources.items():
             place -= source.weight
             if place < 0:

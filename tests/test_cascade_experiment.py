@@ -16,7 +16,7 @@ from dataeff.cascades.idk.analysis import throughput
 from dataeff.cascades.idk.artifact import add_ons, read_spec
 from dataeff.cascades.idk.cascade import evaluate_tables
 from dataeff.cascades.idk.experiment import IdkConfig, IdkExperiment
-from dataeff.cascades.idk.predictor import CascadePredictor, load_stage
+from dataeff.cascades.idk.predictor import CascadePredictor, load_cascade
 from dataeff.core.artifact import read_artifact
 from dataeff.core.config import parse_config
 from dataeff.core.run import RunState
@@ -120,7 +120,7 @@ def test_the_predictor_serves_points_of_the_curve_budgets_and_stages(exported: P
     curve = predictor.spec.curve
     cheap, dear = predictor.point(relative_cost=curve[0].relative_cost), predictor.point(accuracy=1.0)
     shares = [
-        float(predictor.answer(inputs, thresholds=torch.tensor(p.thresholds)).ran[:, 1].double().mean())
+        float(predictor.cascade.predict(inputs, thresholds=torch.tensor(p.thresholds)).path[:, 1].double().mean())
         for p in (cheap, dear)
     ]
     assert shares[0] < shares[1]
@@ -131,20 +131,17 @@ def test_the_predictor_serves_points_of_the_curve_budgets_and_stages(exported: P
         predictor.predict(inputs, torch.ones(3))
 
 
-def test_stages_that_run_on_different_machines_give_the_answers_of_one_process(exported: Path) -> None:
-    predictor = dataeff.load(exported / "artifact")
-    assert isinstance(predictor, CascadePredictor)
-    inputs, _ = test_images(100)
-    together = predictor.answer(inputs)
-    first, second = (load_stage(str(exported / "artifact"), number) for number in range(2))
-    one = first.run(inputs)
-    two = second.run(inputs[one.idk])
-    assert one.idk.tolist() == together.ran[:, 1].tolist()
-    assert torch.allclose(two.probabilities, together.probabilities[one.idk], atol=1e-6)
-    assert torch.allclose(one.uncertainty, together.uncertainty[:, 0])
-    assert second.threshold is None and two.uncertainty.isnan().all() and not two.idk.any()
-    with pytest.raises(ValueError, match="stage 2 of .* must be 0 to 1"):
-        load_stage(str(exported / "artifact"), 2)
+def test_a_stage_is_loaded_without_the_networks_of_the_others(exported: Path) -> None:
+    artifact = read_artifact(exported / "artifact")
+    together = load_cascade(artifact, "cpu").predict(inputs := test_images(100)[0])
+    for number in range(2):
+        alone = load_cascade(artifact, "cpu", [number])
+        assert [stage.predictor is not None for stage in alone.stages] == [n == number for n in range(2)]
+        rows = together.stage == number
+        answer = alone.stages[number].predict(inputs[rows])
+        assert torch.allclose(answer.probabilities, together.probabilities[rows], atol=1e-6)
+    with pytest.raises(ValueError, match="stage 2 must be 0 to 1"):
+        load_cascade(artifact, "cpu", [2])
 
 
 def test_the_artifact_names_stages_thresholds_costs_and_calibration(runs: Path, exported: Path) -> None:
@@ -284,7 +281,7 @@ def test_a_human_stage_meets_an_absolute_goal_and_is_in_the_artifact(runs: Path,
     predictor = dataeff.load(tmp_path / "artifact")
     assert isinstance(predictor, CascadePredictor) and predictor.human
     inputs, labels = test_images()
-    output = predictor.answer(inputs)
+    output = predictor.predict(inputs)
     right = (output.labels.numpy() == labels) | output.idk.numpy()
     assert float(right.mean()) == pytest.approx(predictor.card.metrics["test_accuracy"])
     assert float(output.idk.double().mean()) == pytest.approx(predictor.card.metrics["test_idk_rate_1"])

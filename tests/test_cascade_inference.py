@@ -78,7 +78,7 @@ def test_multiply_adds_are_the_sum_over_the_models_that_ran(images: Tensor) -> N
     output = casc.predict(images)
     assert output.macs.dtype == torch.float64
     assert output.macs.tolist() == [sum(MACS[: stage + 1]) for stage in output.stage.tolist()]
-    assert output.ran.sum(1).tolist() == (output.stage + 1).tolist()
+    assert output.path.sum(1).tolist() == (output.stage + 1).tolist()
 
 
 def test_images_and_stored_tables_give_the_same_report(images: Tensor) -> None:
@@ -88,7 +88,7 @@ def test_images_and_stored_tables_give_the_same_report(images: Tensor) -> None:
     report = evaluate_tables([model.probabilities(images) for model in models], labels, casc.idk, list(MACS))
     assert report.accuracy == pytest.approx((output.labels.numpy() == labels).mean())
     assert report.average_cost == pytest.approx(float(output.macs.mean()))
-    assert report.reached.tolist() == [int(output.ran[:, stage].sum()) for stage in range(3)]
+    assert report.reached.tolist() == [int(output.path[:, stage].sum()) for stage in range(3)]
 
 
 def test_a_model_that_no_image_reaches_is_never_called_and_may_hold_nan(images: Tensor) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dataeff.core.artifact import Prediction
-from serve.batching import Batcher
+from serve.batching import Batcher, whole
 from serve.cascade import Calibrated, early_exit
 from serve.drift import DriftAlarm
 from serve.http import create_app
@@ -42,7 +42,8 @@ def served(cascade: FakeCascade, metrics: Metrics, version: str = "1") -> Served
         model.observe(prediction, thresholds)
         return prediction
 
-    model = ServedCascade(cascade, Batcher(run, 8, 0.002).predict, alarm=DriftAlarm(cascade.calibrated, least=20))
+    batcher, alarm = Batcher(whole(run), 8, 0.002), DriftAlarm(cascade.calibrated, least=20)
+    model = ServedCascade(cascade, batcher.predict, alarm=alarm)
     return model
 
 

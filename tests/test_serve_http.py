@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import os
+import re
 import struct
 import time
 import zlib
 from collections.abc import Awaitable, Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -16,7 +19,9 @@ import pytest
 import torch
 
 from dataeff.core.artifact import Prediction
-from serve.batching import Batcher
+from serve import RAY_SETTINGS
+from serve.batching import Batcher, whole
+from serve.client import Client, ServerError
 from serve.http import create_app
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -48,7 +53,7 @@ def with_client(
 
     async def main() -> T:
         async def load(version: str, source: Version) -> ServedModel:
-            return ServedModel(predictor, Batcher(run, 4, wait_s).predict)
+            return ServedModel(predictor, Batcher(whole(run), 4, wait_s).predict)
 
         versions = Versions("fake", load)
         await versions.apply({"1": Version(artifact="-")})
@@ -456,3 +461,49 @@ def test_metrics_add_up_to_the_requests_and_work_of_the_answers() -> None:
     assert values['dataeff_blocks_total{replica="r1",version="1"}'] == 18
     assert values['dataeff_batch_rows_sum{replica="r1",version="1"}'] == 6
     assert values['dataeff_request_seconds_count{endpoint="infer",replica="r1"}'] == 1
+
+
+def test_the_short_way_to_predict_works_below_a_route_prefix_and_leaves_other_methods_to_the_router() -> None:
+    async def scenario(client: httpx.AsyncClient) -> list[httpx.Response]:
+        app = client._transport.app  # type: ignore[attr-defined]
+        transport = httpx.ASGITransport(app, root_path="/models")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as below:
+            body = encoded(picture(3))
+            return [
+                await below.post("/models/predict", content=body, headers=PNG),
+                await below.post("/models/predict/", content=body, headers=PNG),
+                await client.get("/predict"),
+                await client.post("/predict", content=body, headers=PNG),
+            ]
+
+    good, slash, get, plain = with_client(scenario)
+    assert good.status_code == plain.status_code == 200 and good.json() == plain.json()
+    assert slash.status_code in (307, 404)
+    refused(get, 405, "GET")
+
+
+def test_the_image_and_the_generated_config_have_the_settings_of_ray_that_local_servers_get() -> None:
+    text = (Path(__file__).parents[1] / "cluster" / "Dockerfile").read_text()
+    in_image = dict(re.findall(r"(RAY_SERVE_\w+)=(\S+)", text))
+    assert in_image == RAY_SETTINGS
+    assert {name: os.environ[name] for name in RAY_SETTINGS}  # importing `serve` has set them
+
+
+@pytest.mark.parametrize(
+    ("body", "tries"), [(b"Path '/' not found. Ping http://.../-/routes", 3), (b'{"error": "no"}', 1)]
+)
+def test_the_client_tries_again_where_a_proxy_does_not_know_the_server_yet(body: bytes, tries: int) -> None:
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["idempotency-key"])
+        return httpx.Response(200, json={"label": 1}) if len(seen) == 3 else httpx.Response(404, content=body)
+
+    with Client("http://test", deadline_s=5) as client:
+        client._client = httpx.Client(base_url="http://test", transport=httpx.MockTransport(answer))
+        if tries == 1:
+            with pytest.raises(ServerError, match="no"):
+                client.predict(b"picture")
+        else:
+            assert client.predict(b"picture") == {"label": 1}
+    assert len(seen) == tries and len(set(seen)) == 1
