@@ -65,8 +65,8 @@ class SegmentationConfig(GatedConfig):
     )
     augment: Literal["none", "shift", "shift_flip"] = Field("shift_flip", description="shift: no mirroring")
     crop: int | None = Field(None, ge=16, le=4096, description="side of training crops; 832 on CityScapes; None: whole")
-    joint: JointConfig = SegmentationJointConfig()
-    finetune: FinetuneConfig = SegmentationFinetuneConfig()
+    joint: SegmentationJointConfig = SegmentationJointConfig()
+    finetune: SegmentationFinetuneConfig = SegmentationFinetuneConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "SegmentationConfig":
