@@ -157,19 +157,25 @@ def make_sampler(name: str, space: dict[str, Range | Choice], seed: int) -> optu
     return sampler
 
 
-def open_study(out: Path, sweep: Sweep, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+def open_study(out: Path, sweep: Sweep) -> optuna.Study:
     """The sweep's study in `OUT/study.db`, begun or found there; `optuna-dashboard sqlite:///OUT/study.db` shows it."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=f"sqlite:///{out / 'study.db'}",
         study_name="sweep",
         directions=list(sweep.objectives.values()),
-        sampler=sampler,
         load_if_exists=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(sweep.objectives))
+    return study
+
+
+def searching_study(out: Path, sweep: Sweep, space: dict[str, Range | Choice], seed: int) -> optuna.Study:
+    """The sweep's study with its sampler, which after a resume does not draw again what it has drawn before."""
+    study = open_study(out, sweep)
+    study.sampler = make_sampler(sweep.sampler, space, seed + len(study.trials))
     return study
 
 

@@ -33,7 +33,7 @@ from dataeff.core.runtime import Runtime, RuntimeConfig
 from dataeff.data import absolute_spec
 from ray_jobs.cli import UserError, add_config_arguments, add_folder_arguments, check_data, read_settings, run_command
 from ray_jobs.cluster import connect, require
-from ray_jobs.sweep import StudySearch, Sweep, distributions, ended, make_sampler, open_study, read_sweep
+from ray_jobs.sweep import StudySearch, Sweep, distributions, ended, open_study, read_sweep, searching_study
 from ray_jobs.training import Job, root_cause, run_training
 
 FRONT = "front.json"
@@ -208,7 +208,7 @@ def _search(
     trials: int,
 ) -> None:
     first = next(iter(spaces))
-    study = open_study(out, sweep, make_sampler(sweep.sampler, spaces[first], int(settings[first].get("seed", 0))))
+    study = searching_study(out, sweep, spaces[first], int(settings[first].get("seed", 0)))
     remaining = trials - len(ended(study))
     if remaining <= 0:
         return
@@ -297,7 +297,7 @@ def write_front(sweep: Sweep, out: Path, references: Mapping[str, Row]) -> dict[
     best reference (spec skipnet section 5); without a reference, or when none is that good, the best in the first
     objective.
     """
-    study = open_study(out, sweep, make_sampler("random", {}, 0))
+    study = open_study(out, sweep)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     best = {trial.number for trial in study.best_trials} if complete else set()
     names = list(sweep.objectives)

@@ -26,7 +26,7 @@ from dataeff.nas.threat import AdversarialTrainingError
 from dataeff.nas.zoo import MODEL_ZOO
 from ray_jobs.claims import load_claims, plan
 from ray_jobs.cli import read_settings
-from ray_jobs.sweep import SWEEPS, StudySearch, Sweep, distributions, make_sampler, open_study, read_sweep
+from ray_jobs.sweep import SWEEPS, StudySearch, Sweep, distributions, read_sweep, searching_study
 
 DATA = "digits?labels=64"
 TINY: dict[str, Any] = {
@@ -322,7 +322,7 @@ def test_every_sweep_of_the_study_names_settings_that_exist_and_as_many_trials_a
 def test_a_complete_grid_ends_and_rows_before_the_attacks_need_no_objective(tmp_path: Path) -> None:
     space: dict[str, Range | Choice] = {"network": Choice(("resnet18", "vgg16_bn"))}
     settings = Sweep(method="robustness", sampler="grid", objectives={"pgd": "minimize"})
-    study = open_study(tmp_path, settings, make_sampler("grid", space, 0))
+    study = searching_study(tmp_path, settings, space, 0)
     search = StudySearch(study, {"robustness": distributions(space)}, dict(settings.objectives))
     for trial in ("a", "b"):
         search.suggest(trial)

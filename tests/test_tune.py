@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.experiment import Trial
 
 from dataeff.core.config import Choice
-from ray_jobs.sweep import StudySearch, Sweep, distributions, make_sampler, open_study, read_sweep
+from ray_jobs.sweep import StudySearch, Sweep, distributions, read_sweep, searching_study
 from ray_jobs.tune import _scheduler, _settings, choose, parse_arguments, write_front
 from tests.ray_helpers import TINY, run, running, wait_until
 
@@ -75,7 +75,7 @@ def test_a_missing_sweep_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def study_in(folder: Path, objectives: dict[str, str] = TWO) -> optuna.Study:
-    return open_study(folder, sweep(objectives=objectives), make_sampler("random", {}, 0))
+    return searching_study(folder, sweep(objectives=objectives, sampler="random"), {}, 0)
 
 
 def search_in(folder: Path, objectives: dict[str, str] = TWO) -> StudySearch:
@@ -144,6 +144,15 @@ def test_several_families_are_searched_each_by_its_own_settings(tmp_path: Path) 
     assert [options["family"] for options in suggested[:2]] == ["a", "b"], "each family comes first, once"
     assert {(options["family"], *options["params"]) for options in suggested} == {("a", "alpha"), ("b", "lr")}
     assert search().suggest("again") == suggested[0]
+
+
+def test_a_resumed_sweep_does_not_draw_again_what_it_has_drawn(tmp_path: Path) -> None:
+    first = search_in(tmp_path)
+    before = [first.suggest(str(number))["params"]["alpha"] for number in range(3)]
+    for number in range(3):
+        first.on_trial_complete(str(number), {"val_accuracy": 0.5, "val_macs": 1.0, "step": 1, "total_steps": 1})
+    after = search_in(tmp_path)
+    assert not set(before) & {after.suggest(str(number))["params"]["alpha"] for number in range(3)}
 
 
 def test_a_choice_among_lists_survives_the_storage(tmp_path: Path) -> None:
