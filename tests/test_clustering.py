@@ -1,6 +1,7 @@
 """Cluster metrics, k-means in blocks, and exact nearest neighbours."""
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,13 @@ def test_neighbours_refuse_more_than_there_are_and_blocks_a_bound_below_a_row() 
         nearest_neighbours(np.zeros((5, 2)), 5)
     with pytest.raises(ValueError, match="memory_mib = 0.001 does not hold one row"):
         block_rows(4096, 0.001)
+
+
+def test_k_means_keeps_its_memory_bound() -> None:
+    points = np.random.default_rng(0).standard_normal((40_000, 64), dtype=np.float32)
+    tracemalloc.start()
+    kmeans(points, 5, seed=0, restarts=1, tolerance=1e9, memory_mib=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    labels = 8 * len(points)
+    assert peak - 2 * labels < 1.2 * 2 * 2**20

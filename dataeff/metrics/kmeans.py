@@ -117,6 +117,8 @@ def _lloyd(
             break
     labels = assign_to_centres(points, centres, memory_mib)
     inertia = 0.0
+    # A block, its centres, the differences, and their squares in float64.
+    rows = block_rows(points.shape[1] * (3 * points.dtype.itemsize + 8), memory_mib)
     for part in blocks(len(points), rows):
         inertia += float(np.square(np.asarray(points[part]) - centres[labels[part]], dtype=np.float64).sum())
     return KMeans(centres, labels, inertia)
