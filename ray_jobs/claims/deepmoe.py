@@ -15,10 +15,9 @@ from dataeff.dynamic.deepmoe.experiment import DeepMoEConfig, build_model
 from dataeff.dynamic.deepmoe.model import DeepMoE, build_deepmoe
 from dataeff.dynamic.deepmoe.network import WIDENING, build_network, solve_widening
 from dataeff.dynamic.deepmoe.perlayer import PerLayerInference, PerLayerMoE
-from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at
+from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at, preset_at
 from ray_jobs.cli import CONFIGS
 
-PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
 WIDE_LAMBDAS, NARROW_LAMBDAS = (0.0, 3.0, 6.0, 10.0), (0.0, 3.0, 6.0)
 
 # 905 training images, as the pilot's 900, and enough validation images (352) to see a gain of half a point.
@@ -39,7 +38,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         ValueError: scale "gpu" without data.
     """
     data = data_at(scale, data, SMALL_DATA)
-    preset = read_yaml(CONFIGS / "deepmoe" / f"{PRESETS[scale]}.yaml")
+    preset = preset_at("deepmoe", scale)
     return (_cpu_claims if scale == "cpu" else _gpu_claims)(MoEArms(preset, data))
 
 

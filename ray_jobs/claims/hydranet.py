@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dataeff.core.config import read_yaml
 from dataeff.dynamic.hydranet.model import HydraNet
 from dataeff.dynamic.hydranet.presets import HYDRA_PRESETS, count_cost
-from ray_jobs.claims import Arms, Check, Claim, Results, Run, data_at
-from ray_jobs.cli import CONFIGS
+from ray_jobs.claims import Arms, Check, Claim, Results, Run, data_at, preset_at
 
-PRESETS = {"cpu": "claims_cpu", "gpu": "gpu"}
 COMPOSITIONAL = (
     "two-digit labels are compositional, so that sharing helps more than specialising: the spec's pilot shows the "
     "opposite order at this scale and asks to report it only (8.1, item 7)"
@@ -27,7 +24,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         ValueError: scale "gpu" without data.
     """
     data = data_at(scale, data, "digit-pairs", "CIFAR100")
-    base = read_yaml(CONFIGS / "hydranet" / f"{PRESETS[scale]}.yaml")
+    base = preset_at("hydranet", scale)
     return _claims(Arms(base, data), scale == "cpu")
 
 
