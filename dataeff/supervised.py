@@ -249,22 +249,23 @@ class SupervisedExperiment(Experiment):
         """The stage's stream of training batches at mini-batch `first`."""
         if self.stream is None or self.stream.iteration != first:
             self._close_stream()
-            self.stream = self.make_stream(stage, first)
+            preprocess, augment = self.training_input()
+            self.stream = TrainStream(
+                self.train_source(stage),
+                preprocess,
+                augment,
+                batch_size=self.stages[stage].batch,
+                seed=self.seed + stage,
+                rank=self.runtime.rank,
+                world_size=self.runtime.world_size,
+                start_iteration=first,
+                workers=self.runtime.options.loader_workers,
+            )
         return self.runtime.wrap_loader(self.stream)
 
-    def make_stream(self, stage: int, first: int) -> TrainStream:
-        """A stage's training batches from mini-batch `first` on."""
-        return TrainStream(
-            self.train_source(stage),
-            self.preprocess,
-            Augment(self.config.augment),
-            batch_size=self.stages[stage].batch,
-            seed=self.seed + stage,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            start_iteration=first,
-            workers=self.runtime.options.loader_workers,
-        )
+    def training_input(self) -> tuple[Preprocess, Augment]:
+        """What makes the input of a training batch of the images that are read."""
+        return self.preprocess, Augment(self.config.augment)
 
     def _close_stream(self) -> None:
         if self.stream is not None:

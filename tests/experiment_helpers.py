@@ -1,11 +1,12 @@
 """What tests of experiments share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from dataeff.core.experiment import Experiment
+from dataeff.supervised import SupervisedExperiment
 
 
 def finish(experiment: Experiment) -> list[dict[str, float]]:
@@ -16,3 +17,16 @@ def finish(experiment: Experiment) -> list[dict[str, float]]:
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Equal weights, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def assert_resumes_at_any_step(make: Callable[[], SupervisedExperiment]) -> None:
+    """A run whose state is loaded into a fresh one after any step ends with the rows and weights of the undisturbed."""
+    undisturbed = make()
+    rows = finish(undisturbed)
+    for step in range(1, undisturbed.total_steps):
+        interrupted, fresh = make(), make()
+        for _ in range(step):
+            interrupted.step()
+        fresh.load_state_dict(interrupted.state_dict())
+        assert finish(fresh) == rows[step:]
+        assert same(fresh.model.state_dict(), undisturbed.model.state_dict())

@@ -18,7 +18,7 @@ from dataeff.data import open_splits
 from dataeff.dynamic.deepmoe import analysis
 from dataeff.dynamic.deepmoe.experiment import DeepMoEConfig, DeepMoEExperiment
 from dataeff.dynamic.deepmoe.model import DeepMoE
-from tests.experiment_helpers import finish, same
+from tests.experiment_helpers import assert_resumes_at_any_step, finish
 
 TINY: dict[str, Any] = {
     "arch": "vgg6",
@@ -63,15 +63,7 @@ ADAPTED = {"target_share": 0.3, "joint": {"iterations": 80, "batch": 32}, "repor
     "changes", [ADAPTED, {"arm": "per_layer"}, {"arm": "rnp"}, {"arm": "noisy_topk"}, {"arm": "hard_moe"}]
 )
 def test_a_run_resumed_at_any_step_ends_like_the_undisturbed_one(changes: dict[str, Any]) -> None:
-    undisturbed = make(**changes)
-    rows = finish(undisturbed)
-    for step in range(1, undisturbed.total_steps):
-        interrupted, fresh = make(**changes), make(**changes)
-        for _ in range(step):
-            interrupted.step()
-        fresh.load_state_dict(interrupted.state_dict())
-        assert finish(fresh) == rows[step:]
-        assert same(fresh.model.state_dict(), undisturbed.model.state_dict())
+    assert_resumes_at_any_step(lambda: make(**changes))
 
 
 def test_fine_tuning_moves_the_base_and_nothing_of_the_router() -> None:

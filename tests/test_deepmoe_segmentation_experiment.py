@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import Tensor
 
 import dataeff
 from dataeff.core.config import merge, parse_config, read_yaml
@@ -19,6 +18,7 @@ from dataeff.data import Batch
 from dataeff.data.segmentation import unpack
 from dataeff.dynamic.deepmoe.segmentation import SegmentationConfig, SegmentationExperiment, SegmentationPredictor
 from ray_jobs.cli import CONFIGS, check_data
+from tests.experiment_helpers import assert_resumes_at_any_step, finish
 from tests.test_deepmoe_segmentation_data import masks, write
 
 TINY: dict[str, Any] = {
@@ -46,14 +46,6 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(data: str = DATA, **changes: Any) -> SegmentationExperiment:
     config = parse_config(SegmentationConfig, merge(TINY, changes))
     return SegmentationExperiment(config, data, Runtime("cpu"))
-
-
-def finish(experiment: SegmentationExperiment) -> list[dict[str, float]]:
-    return [experiment.step() for _ in range(experiment.total_steps - experiment.steps_done)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_the_method_is_registered_and_commands_look_at_its_kind_of_data() -> None:
@@ -94,15 +86,9 @@ def test_every_arm_trains_and_its_artifact_answers_as_it_was_evaluated(changes: 
 def test_a_run_resumed_at_any_step_ends_like_the_undisturbed_one() -> None:
     changes = {"mu": 0.3, "mu_mode": "presence", "target_share": 0.5, "lam_ramp": 0.5, "joint": {"iterations": 8}}
     undisturbed = make(**changes)
-    rows = finish(undisturbed)
+    finish(undisturbed)
     assert undisturbed.lam != undisturbed.config.lam  # an epoch is 6 mini-batches
-    for step in range(1, undisturbed.total_steps):
-        interrupted, fresh = make(**changes), make(**changes)
-        for _ in range(step):
-            interrupted.step()
-        fresh.load_state_dict(interrupted.state_dict())
-        assert finish(fresh) == rows[step:]
-        assert same(fresh.model.state_dict(), undisturbed.model.state_dict())
+    assert_resumes_at_any_step(lambda: make(**changes))
 
 
 def test_metrics_are_those_of_the_whole_split_counted_pixel_by_pixel() -> None:

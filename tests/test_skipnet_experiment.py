@@ -13,7 +13,7 @@ from dataeff.core.runtime import Runtime
 from dataeff.data import open_splits
 from dataeff.dynamic.skipnet import analysis
 from dataeff.dynamic.skipnet.experiment import ARMS, HRL, SkipNetConfig, SkipNetExperiment, StageConfig
-from tests.experiment_helpers import finish, same
+from tests.experiment_helpers import assert_resumes_at_any_step, finish, same
 
 TINY: dict[str, Any] = {
     "depth": 8,
@@ -50,15 +50,7 @@ def test_every_arm_trains_and_its_artifact_answers_as_it_was_evaluated(arm: str,
 
 
 def test_a_run_resumed_at_any_step_ends_like_the_undisturbed_one() -> None:
-    undisturbed = make()
-    rows = finish(undisturbed)
-    for step in range(1, undisturbed.total_steps):
-        interrupted, fresh = make(), make()
-        for _ in range(step):
-            interrupted.step()
-        fresh.load_state_dict(interrupted.state_dict())
-        assert finish(fresh) == rows[step:]
-        assert same(fresh.model.state_dict(), undisturbed.model.state_dict())
+    assert_resumes_at_any_step(make)
 
 
 def test_another_seed_gives_another_run_and_the_same_seed_the_same() -> None:

@@ -9,14 +9,7 @@ from dataeff.active.pools import CLUSTER_POOLS, LOSS_POOLS
 from dataeff.active.queries import QUERIES
 from dataeff.active.vaal import VaalConfig
 from dataeff.core.config import Config, ExperimentConfig
-from dataeff.pretraining.settings import (
-    DeepClusterConfig,
-    InpaintingConfig,
-    RotationConfig,
-    ScanConfig,
-    SimCLRConfig,
-    VAEConfig,
-)
+from dataeff.pretraining.settings import TaskSettings
 
 Pool = Literal["random", "vae", "simclr", "rotation", "inpainting", "kmeans", "scan", "deepcluster"]
 Query = Literal["random", "lc", "me", "mm", "dbal", "coreset", "vaal", "ens_varr", "ens_lc", "ens_me", "ens_mm"]
@@ -30,7 +23,7 @@ class DbalConfig(Config):
     dropout_p: float = Field(0.5, ge=0, lt=1, description="after the flatten; no other query has dropout")
 
 
-class ActiveConfig(ExperimentConfig):
+class ActiveConfig(TaskSettings, ExperimentConfig):
     """Settings of one active-learning run (spec initial_pools section 9)."""
 
     pool: Pool = Field("random", description="how the first images are chosen")
@@ -53,12 +46,6 @@ class ActiveConfig(ExperimentConfig):
     dbal: DbalConfig = DbalConfig()
     vaal: VaalConfig = VaalConfig()
     classifier: ClassifierConfig = ClassifierConfig()
-    simclr: SimCLRConfig = SimCLRConfig()
-    vae: VAEConfig = VAEConfig()
-    rotation: RotationConfig = RotationConfig()
-    inpainting: InpaintingConfig = InpaintingConfig()
-    deepcluster: DeepClusterConfig = DeepClusterConfig()
-    scan: ScanConfig = ScanConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "ActiveConfig":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dataeff.core.artifact import Artifact, Prediction, Predictor
 from dataeff.core.config import ExperimentConfig, parse_config
 from dataeff.core.plots import new_figure
-from dataeff.data import Batch, Splits, TrainStream, eval_batches
+from dataeff.data import Batch, Splits, eval_batches
 from dataeff.data.segmentation import PairPreprocess, RandomCrop, open_segmentation, unpack
 from dataeff.dynamic.deepmoe.base import FinetuneConfig, GatedConfig, GatedExperiment, JointConfig
 from dataeff.dynamic.deepmoe.baselines import StaticNetwork
@@ -131,19 +131,9 @@ class SegmentationExperiment(GatedExperiment):
         if isinstance(self.model, DeepMoE) and stage == 0:
             self.model.class_head.requires_grad_(self.config.mu > 0)  # else it gets no gradient
 
-    def make_stream(self, stage: int, first: int) -> TrainStream:
+    def training_input(self) -> tuple[PairPreprocess, RandomCrop]:
         size = (self.height, self.width) if self.config.crop is None else (self.config.crop, self.config.crop)
-        return TrainStream(
-            self.train_source(stage),
-            self.preprocess.cropped(size),
-            RandomCrop(kind=self.config.augment),
-            batch_size=self.stages[stage].batch,
-            seed=self.seed + stage,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            start_iteration=first,
-            workers=self.runtime.options.loader_workers,
-        )
+        return self.preprocess.cropped(size), RandomCrop(kind=self.config.augment)
 
     def batch_loss(self, batch: Batch, stage: int, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, targets = unpack(batch.images)
