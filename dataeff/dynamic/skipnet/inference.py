@@ -246,8 +246,6 @@ class _RecurrentWalk:
 class _Pooling:
     """Mean over height and width of channels-last features (n, C, H, W), (n, C)."""
 
-    BLAS_THREADS = 9216  # elements from which OpenBLAS starts threads, which then take the cores from PyTorch's
-
     def __init__(self) -> None:
         self.seen: Tensor | None = None
 
@@ -258,17 +256,16 @@ class _Pooling:
             pooled: Floats = features.sum((2, 3), dtype=torch.float32).cpu().numpy()
             pooled *= 1 / size
             return pooled
-        # One image: products with a constant row, without PyTorch's operators. Blocks work in place, so that the
-        # features are mostly the same memory as before.
+        # One image: a product with a constant row, which takes half the time of a sum. Blocks work in place, so that
+        # the features are mostly the same memory as before.
         if features is not self.seen:
             self.seen = features
-            rows = features.permute(0, 2, 3, 1).reshape(size, -1).numpy()
-            self.chunks = np.array_split(rows, -(-rows.size // self.BLAS_THREADS))
-            self.weights = [np.full((1, len(chunk)), 1 / size, dtype=np.float32) for chunk in self.chunks]
-        average: Floats = np.dot(self.weights[0], self.chunks[0])
-        for weights, chunk in zip(self.weights[1:], self.chunks[1:], strict=True):
-            average += np.dot(weights, chunk)
-        return average
+            self.pixels = features.permute(0, 2, 3, 1).reshape(size, -1)
+            self.weights = features.new_full((1, size), 1 / size)
+            self.result = features.new_empty(1, features.shape[1])
+            self.average: Floats = self.result.numpy()
+        torch.mm(self.weights, self.pixels, out=self.result)
+        return self.average
 
 
 def _check_forced(forced: Tensor | None, count: int, num_gates: int) -> NDArray[np.bool_] | None:
