@@ -1,7 +1,7 @@
 """The HTTP face of a served network: a plain FastAPI application over `predict` coroutines; it knows nothing of Ray.
 
-Routes: Open Inference Protocol v2 under `/v2`, `POST /predict` for a plain image, `/metrics`, `/stats`, a page at `/`,
-and with a human stage `/tickets` and the page `/human`.
+Routes: Open Inference Protocol v2 under `/v2`, `POST /predict` and `/segment` for a plain image, `/metrics`, `/stats`,
+a page at `/`, and with a human stage `/tickets` and the page `/human`.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import html
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 import dataeff
+from dataeff.core.artifact import Prediction
 from dataeff.nn.cascade import CascadePrediction
 from serve import protocol
 from serve.batching import Together
@@ -49,13 +51,23 @@ from serve.limits import (
 )
 from serve.metrics import Metrics
 from serve.models import ServedModel
-from serve.openapi import INFERRED, PREDICTED, QUEUED, complete, error_responses
+from serve.openapi import INFERRED, PREDICTED, QUEUED, SEGMENTED, complete, error_responses
 from serve.versions import Versions
 
 _INFER_TYPES = ("", protocol.JSON, protocol.BINARY)
 _ANSWER_ERRORS = error_responses(400, 413, 415, 500, 503, 504)
 
 logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What a request for one image asks for, but its body."""
+
+    key: str | None
+    version: str
+    model: ServedModel
+    wishes: Wishes
 
 
 def create_app(
@@ -123,6 +135,20 @@ def create_app(
             human.check_webhook(wishes.webhook)
         return version, versions.get(version), wishes
 
+    def image_request(request: Request, notes: dict[str, Any]) -> ImageRequest:
+        check_image_type(request.headers.get("content-type"))
+        key = check_key(request.headers.get("idempotency-key"))
+        asked = ImageRequest(key, *wishes_of(request, key))
+        notes |= {"version": asked.version, "timeout_s": asked.wishes.timeout_s}
+        return asked
+
+    async def predict_body(request: Request, asked: ImageRequest) -> tuple[bytes, Prediction]:
+        model = asked.model
+        async with asyncio.timeout(asked.wishes.timeout_s):
+            body = await body_of(request)
+            inputs = await in_thread(_preprocess_body, model, body, limits)
+            return body, await model.predict(inputs, model.settings(asked.wishes)[None])
+
     @guarded.post(
         "/predict",
         summary="Classify one PNG, JPEG or WebP body",
@@ -130,21 +156,31 @@ def create_app(
     )
     async def predict(request: Request) -> Response:
         async def work(ticket: Ticket, notes: dict[str, Any]) -> Response:
-            check_image_type(request.headers.get("content-type"))
-            key = check_key(request.headers.get("idempotency-key"))
-            version, model, wishes = wishes_of(request, key)
-            notes |= {"version": version, "timeout_s": wishes.timeout_s}
-            async with asyncio.timeout(wishes.timeout_s):
-                body = await body_of(request)
-                inputs = await in_thread(_preprocess_body, model, body, limits)
-                prediction = await model.predict(inputs, model.settings(wishes)[None])
-            found = model.describe(prediction) | {"version": version}
+            asked = image_request(request, notes)
+            body, prediction = await predict_body(request, asked)
+            found = asked.model.describe(prediction) | {"version": asked.version}
             notes |= {name: found[name] for name in ("label", "macs", "stage") if name in found}
             if isinstance(prediction, CascadePrediction) and prediction.idk[0] and human:
-                return await ask_a_person(human, body, found, key, wishes.webhook)
+                return await ask_a_person(human, body, found, asked.key, asked.wishes.webhook)
             return JSONResponse(found)
 
         return await answer("predict", work)
+
+    @guarded.post(
+        "/segment",
+        summary="The class of every pixel of one PNG, JPEG or WebP body",
+        responses={200: SEGMENTED, **_ANSWER_ERRORS, **error_responses(404)},
+    )
+    async def segment(request: Request) -> Response:
+        async def work(ticket: Ticket, notes: dict[str, Any]) -> Response:
+            asked = image_request(request, notes)
+            if not asked.model.segments:
+                raise RequestError(404, "this network classifies whole images; ask /predict")
+            _, prediction = await predict_body(request, asked)
+            notes["macs"] = float(prediction.macs[0])
+            return JSONResponse(await in_thread(asked.model.describe_map, prediction) | {"version": asked.version})
+
+        return await answer("segment", work)
 
     async def predict_directly(request: Request) -> Response:
         try:

@@ -1,16 +1,19 @@
 """What is served: a network or a cascade under a version, and how its tensors, wishes and answers look over HTTP."""
 
+import base64
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any, ClassVar
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataeff.core.artifact import Prediction, Predictor
+from dataeff.core.artifact import Prediction, Predictor, SegmentedPrediction
 from dataeff.metrics.curve import pick_point
 from dataeff.nn.cascade import CascadePrediction
 from serve.cascade import Calibrated, Cascade
@@ -33,6 +36,7 @@ class ServedModel:
     predict: PredictRows
     close: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
+    segments: bool = False  # its predictions are `SegmentedPrediction`
 
     wishes: ClassVar[tuple[str, ...]] = MODEL_WISHES
 
@@ -58,7 +62,14 @@ class ServedModel:
             TensorSpec("label", {"INT64": (-1,)}),
             TensorSpec("macs", {"FP64": (-1,)}, description="multiply-adds spent on each image"),
             TensorSpec("path", {"BOOL": (-1, len(self.predictor.path_names))}, description="which optional blocks ran"),
+            *self._class_map(),
         ]
+
+    def _class_map(self) -> list[TensorSpec]:
+        if not self.segments:
+            return []
+        shape = (-1, *self.predictor.input_shape[1:])
+        return [TensorSpec("class_map", {"UINT8": shape}, description="the class of every pixel")]
 
     def settings(self, wishes: Wishes) -> Tensor:
         """One row of the second argument of `predict`."""
@@ -83,12 +94,15 @@ class ServedModel:
 
     def arrays(self, prediction: Prediction) -> dict[str, tuple[str, NDArray[Any]]]:
         """The outputs of an inference request: datatype and array by name."""
-        return {
+        arrays: dict[str, tuple[str, NDArray[Any]]] = {
             "probabilities": ("FP32", prediction.probabilities.numpy()),
             "label": ("INT64", prediction.probabilities.argmax(1).numpy()),
             "macs": ("FP64", prediction.macs.numpy()),
             "path": ("BOOL", prediction.path.numpy()),
         }
+        if isinstance(prediction, SegmentedPrediction):
+            arrays["class_map"] = ("UINT8", prediction.class_map.numpy())
+        return arrays
 
     def describe(self, prediction: Prediction) -> dict[str, Any]:
         """The answer of `/predict` for a prediction of one image."""
@@ -98,6 +112,27 @@ class ServedModel:
             "path": [name for name, executed in zip(self.predictor.path_names, ran, strict=True) if executed],
         }
 
+    def describe_map(self, prediction: SegmentedPrediction) -> dict[str, Any]:
+        """The answer of `/segment` for a prediction of one image."""
+        class_map, path = prediction.class_map[0].numpy(), prediction.path[0]
+        png = BytesIO()
+        PIL.Image.fromarray(class_map).save(png, "PNG")
+        pixels = np.bincount(class_map.ravel(), minlength=len(self.predictor.card.classes)) / class_map.size
+        return {
+            "class_map": base64.b64encode(png.getvalue()).decode(),
+            "classes": [
+                {"label": label, "class": name, "share": share}
+                for label, (name, share) in enumerate(zip(self.predictor.card.classes, pixels.tolist(), strict=True))
+                if share
+            ],
+            "active_share": float(path.double().mean()) if len(path) else 1.0,
+            **self._spent(prediction),
+        }
+
+    def _spent(self, prediction: Prediction) -> dict[str, float]:
+        macs = prediction.macs[0].item()
+        return {"macs": macs, "full_macs": self.full_macs, "reduction": 1 - macs / self.full_macs}
+
     def describe_class(self, prediction: Prediction) -> dict[str, Any]:
         classes = self.predictor.card.classes
         top = prediction.probabilities[0].topk(min(TOP, len(classes)))
@@ -105,13 +140,7 @@ class ServedModel:
             {"label": label, "class": classes[label], "probability": probability}
             for probability, label in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]
-        macs = prediction.macs[0].item()
-        return ranked[0] | {
-            "top": ranked,
-            "macs": macs,
-            "full_macs": self.full_macs,
-            "reduction": 1 - macs / self.full_macs,
-        }
+        return ranked[0] | {"top": ranked} | self._spent(prediction)
 
 
 @dataclass

@@ -44,11 +44,14 @@ def complete(app: FastAPI, versions: Versions, human: bool, webhooks: bool) -> C
         page = get_openapi(title=f"dataeff: {versions.name}", version=app.version, routes=app.routes)
         served = versions.any()
         predict, infer = page["paths"]["/predict"]["post"], page["paths"]["/v2/models/{name}/infer"]["post"]
-        predict["parameters"] = predict_parameters(served, list(versions), human, webhooks)
-        predict["requestBody"] = {
-            "required": True,
-            "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in IMAGE_TYPES},
-        }
+        for operation in (predict, page["paths"]["/segment"]["post"]):
+            operation["parameters"] = predict_parameters(served, list(versions), human, webhooks)
+            operation["requestBody"] = {
+                "required": True,
+                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in IMAGE_TYPES},
+            }
+        if not served.segments:
+            del page["paths"]["/segment"]
         infer["requestBody"] = {"required": True, "content": {protocol.JSON: {"schema": infer_schema(served)}}}
         for path in page["paths"].values():
             for operation in path.values():
@@ -166,6 +169,33 @@ QUEUED = {
 }
 
 
+SEGMENTED = {
+    "description": "The class of every pixel as a PNG in base64, at the network's own size, and what was spent",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "class_map": _TEXT | {"contentEncoding": "base64", "contentMediaType": "image/png"},
+                    "classes": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "properties": {"label": _WHOLE, "class": _TEXT, "share": _NUMBER},
+                            "required": ["label", "class", "share"],
+                        },
+                    },
+                    "active_share": _NUMBER,
+                    "macs": _NUMBER,
+                    "full_macs": _NUMBER,
+                    "reduction": _NUMBER,
+                    "version": _TEXT,
+                },
+                "required": ["class_map", "classes", "active_share", "macs", "full_macs", "reduction", "version"],
+            }
+        }
+    },
+}
 INFERRED = {
     "description": "Tensors by name; as binary data where the request asks for it",
     "content": {

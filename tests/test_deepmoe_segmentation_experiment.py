@@ -69,17 +69,16 @@ def test_every_arm_trains_and_its_artifact_answers_as_it_was_evaluated(changes: 
     predictor = dataeff.load(tmp_path / "artifact")
     assert isinstance(predictor, SegmentationPredictor)
     images, targets = unpack(experiment.preprocess(experiment.splits.test.images(np.arange(20))))
-    found = predictor.segment(images)
+    found = predictor.predict(images)
     counted = targets != 255
-    accuracy = float((found.classes[counted] == targets[counted]).double().mean())
+    accuracy = float((found.class_map[counted] == targets[counted]).double().mean())
     assert accuracy == pytest.approx(predictor.card.metrics["test_accuracy"], abs=1e-3)
-    prediction = predictor.predict(images)
-    assert prediction.probabilities.shape == (20, 5)
-    torch.testing.assert_close(prediction.probabilities.sum(1), torch.ones(20))
-    assert prediction.path.shape == (20, len(predictor.path_names))
+    assert found.probabilities.shape == (20, 5)
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(20))
+    assert found.path.shape == (20, len(predictor.path_names))
     if not changes.get("arm"):
         assert len(predictor.path_names) == sum(experiment.base.gate_channels)
-        least = predictor.segment(images, torch.zeros(20, dtype=torch.float64))
+        least = predictor.predict(images, torch.zeros(20, dtype=torch.float64))
         assert bool((least.macs < found.macs).all()) and not torch.equal(least.path, found.path)
 
 

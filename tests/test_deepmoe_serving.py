@@ -1,7 +1,9 @@
 """DeepMoE and HydraNet behind HTTP: a request's budget picks channels or branches, and equal choices run together."""
 
 import asyncio
+import base64
 from collections.abc import Awaitable, Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import dataeff
-from dataeff.core.artifact import Prediction, Predictor
+from dataeff.core.artifact import Prediction, Predictor, SegmentedPrediction
 from dataeff.core.config import parse_config
+from dataeff.core.experiment import Experiment
 from dataeff.core.runtime import Runtime
 from dataeff.data import open_splits
 from dataeff.dynamic.deepmoe.experiment import DeepMoEConfig, DeepMoEExperiment
 from dataeff.dynamic.deepmoe.inference import Pattern
+from dataeff.dynamic.deepmoe.segmentation import SegmentationConfig, SegmentationExperiment
 from dataeff.dynamic.hydranet.experiment import HydraNetConfig, HydraNetExperiment
 from dataeff.dynamic.hydranet.inference import HydraInference
 from serve.batching import Batcher, whole
@@ -54,7 +58,7 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]
     return {name: exported(experiment, folder / name) for name, experiment in (("deepmoe", moe), ("hydranet", hydra))}
 
 
-def exported(experiment: DeepMoEExperiment | HydraNetExperiment, folder: Path) -> Predictor:
+def exported(experiment: Experiment, folder: Path) -> Predictor:
     experiment.export(folder)
     return dataeff.load(folder)
 
@@ -65,7 +69,9 @@ def digits(predictor: Predictor, count: int) -> Tensor:
     return images._preprocess(test.images(np.arange(count)))  # type: ignore[no-any-return]
 
 
-def with_client(predictor: Predictor, scenario: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+def with_client(
+    predictor: Predictor, scenario: Callable[[httpx.AsyncClient], Awaitable[Any]], segments: bool = False
+) -> Any:
     """Run `scenario` with a client of the application that serves `predictor`, in batches of up to 8 images."""
 
     def run(images: Tensor, budgets: Tensor) -> Prediction:
@@ -74,7 +80,7 @@ def with_client(predictor: Predictor, scenario: Callable[[httpx.AsyncClient], Aw
     async def main() -> Any:
         async def load(version: str, source: Version) -> ServedModel:
             batcher = Batcher(whole(run), 8, 0.05)
-            return ServedModel(predictor, batcher.predict, batcher.close)
+            return ServedModel(predictor, batcher.predict, batcher.close, segments=segments)
 
         versions = Versions("net", load)
         await versions.apply({"1": Version(artifact="-")})
@@ -173,3 +179,59 @@ def test_a_budget_overrides_k_image_by_image(predictors: dict[str, Predictor]) -
     assert bounded.path.sum(1).tolist() == [1, 2, 3, 3]
     assert bool((bounded.macs <= budget).all())
     assert bool((bounded.path & ~free.path).sum() == 0)
+
+
+def test_a_segmentation_network_gives_the_class_of_every_pixel(tmp_path: Path) -> None:
+    settings = {"arch": "drn10", "widths": [4, 8, 8, 8], "embedding_widths": [4, 4, 4, 4], "joint": STAGE}
+    config = parse_config(SegmentationConfig, settings)
+    experiment = SegmentationExperiment(config, "shapes?size=32&labels=20", Runtime("cpu"))
+    experiment.step()
+    predictor = exported(experiment, tmp_path / "artifact")
+    image = PIL.Image.fromarray(experiment.splits.test.images([0])[0, :3].permute(1, 2, 0).numpy())
+    expected = predictor.predict(predictor.preprocess([image]))
+    assert isinstance(expected, SegmentedPrediction)
+
+    async def scenario(client: httpx.AsyncClient) -> dict[str, Any]:
+        headers = {"Content-Type": "image/png"}
+        answer = await client.post("/segment", content=encoded(image), headers=headers)
+        assert answer.status_code == 200, answer.text
+        least = await client.post("/segment?budget=0.01", content=encoded(image), headers=headers)
+        shares = await client.post("/predict", content=encoded(image), headers=headers)
+        page = (await client.get("/openapi.json")).json()
+        names = [output["name"] for output in (await client.get("/v2/models/net")).json()["outputs"]]
+        rows = {"name": "images", "datatype": "UINT8", "shape": [1, 3, 32, 32]}
+        rows["data"] = np.asarray(image).transpose(2, 0, 1).ravel().tolist()
+        inferred = (await client.post("/v2/models/net/infer", json={"inputs": [rows]})).json()
+        return {
+            "map": answer.json(),
+            "least": least.json(),
+            "shares": shares.json(),
+            "page": page,
+            "names": names,
+            "inferred": inferred,
+        }
+
+    found = with_client(predictor, scenario, segments=True)
+    png = PIL.Image.open(BytesIO(base64.b64decode(found["map"]["class_map"])))
+    assert np.array_equal(np.asarray(png), expected.class_map[0].numpy())
+    present = {item["label"]: item["share"] for item in found["map"]["classes"]}
+    labels, counts = expected.class_map[0].unique(return_counts=True)
+    assert present == pytest.approx(dict(zip(labels.tolist(), (counts / 32**2).tolist(), strict=True)))
+    assert found["map"]["active_share"] == pytest.approx(float(expected.path.double().mean()))
+    assert found["map"]["macs"] == pytest.approx(float(expected.macs[0]))
+    assert found["least"]["macs"] < found["map"]["macs"]
+    assert found["shares"]["label"] == int(expected.probabilities[0].argmax())
+    assert "budget" in {item["name"] for item in found["page"]["paths"]["/segment"]["post"]["parameters"]}
+    assert "class_map" in found["names"]
+    tensors = {output["name"]: output["data"] for output in found["inferred"]["outputs"]}
+    assert tensors["class_map"] == expected.class_map.ravel().tolist()
+
+
+def test_a_classifier_refuses_to_segment(predictors: dict[str, Predictor]) -> None:
+    async def scenario(client: httpx.AsyncClient) -> tuple[httpx.Response, dict[str, Any]]:
+        answer = await client.post("/segment", content=png(0), headers={"Content-Type": "image/png"})
+        return answer, (await client.get("/openapi.json")).json()
+
+    answer, page = with_client(predictors["deepmoe"], scenario)
+    assert answer.status_code == 404 and "/predict" in answer.json()["error"]
+    assert "/segment" not in page["paths"]

@@ -68,6 +68,16 @@ class Prediction:
     path: Tensor
 
 
+@dataclass
+class SegmentedPrediction(Prediction):
+    """Answers of a segmentation network; `probabilities` are means over an image's pixels: the share of each class.
+
+    class_map: uint8 [B, H, W], the class of every pixel.
+    """
+
+    class_map: Tensor
+
+
 class Predictor(Protocol):
     """A trained network ready to answer; what serving, scoring and reports see of a method."""
 

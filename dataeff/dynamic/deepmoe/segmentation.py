@@ -7,7 +7,6 @@ the last feature map, whose scores are scaled up.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dataeff.core.artifact import Artifact, Prediction, Predictor
+from dataeff.core.artifact import Artifact, Predictor, SegmentedPrediction
 from dataeff.core.config import ExperimentConfig, parse_config
 from dataeff.core.plots import new_figure
 from dataeff.data import Batch, Splits, eval_batches
@@ -28,7 +27,7 @@ from dataeff.dynamic.deepmoe.model import EMBEDDING_WIDTHS, DeepMoE, build_deepm
 from dataeff.dynamic.deepmoe.network import build_network
 from dataeff.dynamic.deepmoe.predictor import answer_of
 from dataeff.metrics.iou import class_iou, confusion_matrix, mean_iou
-from dataeff.nn.predictor import Answer, NetworkPredictor, check_budget
+from dataeff.nn.predictor import NetworkPredictor, check_budget
 from dataeff.supervised import Answers, StageConfig
 
 EVAL_BATCH = 16
@@ -235,29 +234,13 @@ class SegmentationExperiment(GatedExperiment):
         return SegmentationPredictor(artifact.card, device, names, answer)
 
 
-@dataclass
-class Segmentation:
-    """Class of every pixel, uint8 (B, H, W), multiply-adds float64 (B,), and active channels bool (B, P)."""
-
-    classes: Tensor
-    macs: Tensor
-    path: Tensor
-
-
 class SegmentationPredictor(NetworkPredictor):
-    """A trained segmentation network. `segment` gives class maps; `predict`, as the protocol asks, what share of an
-    image each class has: the mean over the pixels of their probabilities."""
+    """A trained segmentation network."""
 
-    def segment(self, inputs: Tensor, budget: Tensor | None = None) -> Segmentation:
-        """Classes of the pixels of float32 (B, C, H, W); arguments and errors as for `predict`."""
-        logits, macs, path = self._dense(inputs, budget)
-        return Segmentation(logits.argmax(1).to(torch.uint8).cpu(), macs.cpu(), path.cpu())
-
-    def predict(self, inputs: Tensor, budget: Tensor | None = None) -> Prediction:
-        logits, macs, path = self._dense(inputs, budget)
-        return Prediction(logits.float().softmax(1).mean((2, 3)).cpu(), macs.cpu(), path.cpu())
-
-    def _dense(self, inputs: Tensor, budget: Tensor | None) -> Answer:
+    def predict(self, inputs: Tensor, budget: Tensor | None = None) -> SegmentedPrediction:
+        """As the protocol asks, with the class of every pixel; errors as for any predictor."""
         check_budget(budget, len(inputs))
         with torch.inference_mode():
-            return self._answer(inputs.to(self._device), budget)
+            logits, macs, path = self._answer(inputs.to(self._device), budget)
+            shares, class_map = logits.float().softmax(1).mean((2, 3)), logits.argmax(1).to(torch.uint8)
+        return SegmentedPrediction(shares.cpu(), macs.cpu(), path.cpu(), class_map.cpu())
