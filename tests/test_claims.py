@@ -142,6 +142,15 @@ def test_claims_that_name_the_same_run_train_it_once_a_seed(run_claims: Any) -> 
     assert sorted(TRAINED) == ["0.1"] * 3 + ["0.3"] * 3 + ["0.6"] * 3
 
 
+def test_only_the_claims_asked_for_are_measured(run_claims: Any) -> None:
+    low, middle, high = fake_run("low", score=0.1), fake_run("middle", score=0.3), fake_run("high", score=0.6)
+    claims = [better("A", low, high, 0.4), better("B", middle, high, 0.1)]
+    assert list(run_claims(claims, "--only", "B")) == ["B"]
+    assert sorted(TRAINED) == ["0.3"] * 3 + ["0.6"] * 3
+    with pytest.raises(ValueError, match="--only: no claim 'C'.*known: A, B"):
+        run_claims(claims, "--only", "C", "--overwrite")
+
+
 def test_a_resumed_table_repeats_no_finished_run_and_takes_more_seeds(run_claims: Any) -> None:
     claims = [better("A", fake_run("low", score=0.1), fake_run("high", score=0.6), 0.4)]
     run_claims(claims, "--seeds", "1")

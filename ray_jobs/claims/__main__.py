@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dataeff.core.artifact import versions
-from dataeff.core.config import merge, parse_config
+from dataeff.core.config import merge, nearest, parse_config
 from dataeff.core.registry import get_method
 from dataeff.core.run import SUMMARY, RunDirectory, replace_text, train
 from dataeff.core.runtime import Runtime
@@ -43,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=sorted(RESOURCES), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--data", help="the data to measure on (default at scale cpu: the embedded digits)")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="measure these claims only, such as S1 S12")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: as many as the cluster holds)")
     add_folder_arguments(parser, "table")
     return parser.parse_args(arguments)
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         raise ValueError("--seeds and --parallel must be at least 1")
     data = absolute_spec(args.data) if args.data else None
     claims = {method: load_claims(method, args.scale, data) for method in args.methods or sorted(CLAIMS)}
+    if args.only:
+        claims = choose(claims, args.only)
     runs = {method: plan(found) for method, found in claims.items()}
     for trained, name in dict.fromkeys((run.method or method, run.data) for method in runs for run in runs[method]):
         check_data([trained], name)
@@ -80,6 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         job, message = next(iter(failures.items()))
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed; {job}: {message}; repeat them with --resume")
     return verdicts
+
+
+def choose(claims: dict[str, list[Claim]], ids: list[str]) -> dict[str, list[Claim]]:
+    """Of each method the claims with one of these ids, without methods that have none.
+
+    Raises:
+        ValueError: no method has a claim of some id.
+    """
+    known = {claim.id for found in claims.values() for claim in found}
+    for id in ids:
+        if id not in known:
+            raise ValueError(f"--only: no claim {id!r} ({nearest(id, known)})")
+    chosen = {method: [claim for claim in found if claim.id in ids] for method, found in claims.items()}
+    return {method: found for method, found in chosen.items() if found}
 
 
 @dataclass(frozen=True)
