@@ -229,6 +229,7 @@ def _search(
             num_samples=remaining,
             max_concurrent_trials=concurrent,
             scheduler=_scheduler(sweep),
+            reuse_actors=True,  # a new process takes longer to import PyTorch than many trials here to train
         ),
         run_config=tune.RunConfig(
             name="tune",
