@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import make_layers
 
 from dataeff.nas.efficientnet import scaled_channels, scaled_repeats
+from dataeff.nn.pointwise import PointwiseConv2d
 
 Form = Literal["cifar", "imagenet"]
 
@@ -55,7 +56,7 @@ class ResNet(nn.Module):
                 out = width * block.expansion
                 shortcut = None
                 if stride > 1 or channels != out:
-                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                    shortcut = nn.Sequential(PointwiseConv2d(channels, out, stride), nn.BatchNorm2d(out))
                 blocks.append(block(channels, width, stride, shortcut))
                 channels = out
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))

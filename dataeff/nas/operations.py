@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dataeff.nas.capsules import CapsuleOp
 from dataeff.nas.genotype import ALLOWED, CAPSULES
+from dataeff.nn.pointwise import PointwiseConv2d
 
 
 def relu_conv_norm(channels: int, width: int, affine: bool = True) -> nn.Sequential:
@@ -27,8 +28,8 @@ class FactorizedReduce(nn.Module):
         super().__init__()
         if width % 2:
             raise ValueError(f"a factorised reduction has an even number of channels, got {width}")
-        self.first = nn.Conv2d(channels, width // 2, 1, stride=2, bias=False)
-        self.second = nn.Conv2d(channels, width // 2, 1, stride=2, bias=False)
+        self.first = PointwiseConv2d(channels, width // 2, stride=2)
+        self.second = PointwiseConv2d(channels, width // 2, stride=2)
         self.norm = nn.BatchNorm2d(width, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from dataeff.nas.edges import EdgeGroup, ScaledBatchNorm, cell_edges
 from dataeff.nas.genotype import CAPSULES, NODES
 from dataeff.nas.network import check_image_side, reduction_cells
 from dataeff.nas.operations import shifted
+from dataeff.nn.pointwise import PointwiseConv2d
 
 EDGES = cell_edges(NODES)
 PROJECTOR_WIDTH = 512
@@ -45,7 +46,7 @@ class SearchPreprocess(nn.Module):
             raise ValueError(f"a factorised reduction has an even number of channels, got {width}")
         self.halve = halve
         parts = [width // 2, width // 2] if halve else [width]
-        self.convs = nn.ModuleList(nn.Conv2d(channels, part, 1, 2 if halve else 1, bias=False) for part in parts)
+        self.convs = nn.ModuleList(PointwiseConv2d(channels, part, 2 if halve else 1) for part in parts)
         self.norm = ScaledBatchNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:

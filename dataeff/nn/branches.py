@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataeff.nn.fold import InferenceConv, fold_batch_norm, fold_conv, inference_conv
+from dataeff.nn.pointwise import thinned
 
 Pairs = tuple[Tensor, Tensor, Tensor]  # outputs, image and branch of each
 
@@ -62,10 +63,14 @@ class BranchConv2d(nn.Conv2d):
         return 1 if self.shared else branches
 
     def forward(self, x: Tensor, branch: int | None = None) -> Tensor:
+        stride, weight, groups = self.stride, self.weight, self.groups
+        if self.kernel_size == (1, 1):  # see `PointwiseConv2d`
+            x, stride = thinned(x, stride), (1, 1)
         if branch is None:
-            return super().forward(spread(x, self.branches if self.shared and self.depthwise else 1))
-        weight = self.weight[rows_of(branch, self.out_of_one)]
-        return F.conv2d(x, weight, None, self.stride, self.padding, 1, self.groups_of(1))
+            x = spread(x, self.branches if self.shared and self.depthwise else 1)
+        else:
+            weight, groups = weight[rows_of(branch, self.out_of_one)], self.groups_of(1)
+        return F.conv2d(x, weight, None, stride, self.padding, 1, groups)
 
 
 class BranchNorm2d(nn.BatchNorm2d):

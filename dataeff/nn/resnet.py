@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataeff.nn.pointwise import PointwiseConv2d
+
 Norm = Literal["batch", "group"]
 Shortcut = Literal["projection", "pool_pad"]
 Family = Literal["cifar", "imagenet"]
@@ -34,6 +36,8 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 
 def conv2d(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Convolution without bias that keeps the size at stride 1."""
+    if kernel == 1:
+        return PointwiseConv2d(in_channels, out_channels, stride)
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
 
 

@@ -79,8 +79,10 @@ def data_at(scale: str, data: str | None, default: str, large: str = "CIFAR10") 
 
 
 def preset_at(method: str, scale: str) -> dict[str, Any]:
-    """Settings that a method's claims at a scale begin with."""
-    return read_yaml(CONFIGS / method / f"{'claims_cpu' if scale == 'cpu' else scale}.yaml")
+    """Settings that a method's claims at a scale begin with; at scale "cpu" the smallest preset that it has."""
+    names = ("claims_cpu", "digits", "cpu") if scale == "cpu" else (scale,)
+    files = (CONFIGS / method / f"{name}.yaml" for name in names)
+    return read_yaml(next(file for file in files if file.is_file()))
 
 
 def log_file(folder: Path) -> Path:

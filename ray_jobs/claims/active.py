@@ -18,10 +18,8 @@ from dataeff.core.config import merge, read_yaml
 from dataeff.core.run import newest_checkpoint
 from dataeff.data import open_splits
 from dataeff.metrics.clustering import purity
-from ray_jobs.claims import Check, Claim, Result, Results, Run, data_at
-from ray_jobs.cli import CONFIGS
+from ray_jobs.claims import Check, Claim, Result, Results, Run, data_at, preset_at
 
-PRESETS = {"cpu": "digits", "gpu": "gpu"}
 POOLS = ("random", "vae", "simclr", "kmeans", "scan")
 OTHERS = POOLS[1:]
 QUERIES = ("random", "me")
@@ -43,7 +41,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     """
     data = data_at(scale, data, "digits")
     cpu = scale == "cpu"
-    preset = read_yaml(CONFIGS / "active" / f"{PRESETS[scale]}.yaml")
+    preset = preset_at("active", scale)
     first = Run("random_me", data, merge(preset, {"pool": "random", "query": "me"}))
 
     def run(name: str, where: str = data, **changes: Any) -> Run:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_jobs.claims import Check, Claim, Result, Results, Run
+from ray_jobs.claims import Check, Claim, Result, Results, Run, data_at
 
 # Widths, depth and mini-batches of the three networks.
 NETWORKS: dict[str, dict[str, tuple[tuple[int, ...], int, int]]] = {
@@ -31,9 +31,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    if scale == "gpu" and data is None:
-        raise ValueError("--scale gpu needs CIFAR-10: give --data parquet:DIR or --data torchvision:CIFAR10?root=DIR")
-    return _claims(Cascades(scale, data or DATA), scale)
+    return _claims(Cascades(scale, data_at(scale, data, DATA)), scale)
 
 
 class Cascades:

@@ -6,10 +6,8 @@ from typing import Any
 from dataeff.core.config import merge, read_yaml
 from dataeff.nas.genotype import PRIMITIVES
 from dataeff.nas.supernet import EDGES, SuperNetwork, SuperNetworkShape
-from ray_jobs.claims import Check, Claim, Results, Run
-from ray_jobs.cli import CONFIGS
+from ray_jobs.claims import Check, Claim, Results, Run, data_at, preset_at
 
-PRESETS = {"cpu": "digits", "gpu": "gpu"}
 NOISE = "differences between methods below 1 point are noise on 8x8 digits (spec section 8, item 5)"
 ATTACKS = "needs the attacks of the robustness study, which measures it"
 
@@ -23,10 +21,8 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    if scale == "gpu" and data is None:
-        raise ValueError("--scale gpu needs CIFAR-10: give --data parquet:DIR or --data torchvision:CIFAR10?root=DIR")
-    preset = read_yaml(CONFIGS / "nas_search" / f"{PRESETS[scale]}.yaml")
-    data = data or "digits"
+    data = data_at(scale, data, "digits")
+    preset = preset_at("nas_search", scale)
     noise = NOISE if scale == "cpu" else ""
 
     def run(name: str, **changes: Any) -> Run:

@@ -5,10 +5,8 @@ differences, in points."""
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dataeff.core.config import read_yaml
-from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at
+from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at, preset_at
 from ray_jobs.claims.robustness_published import table_claims
-from ray_jobs.cli import CONFIGS
 
 HANDCRAFTED = ("resnet18", "resnet50", "densenet121", "densenet169", "vgg16_bn")
 NAS = ("darts", "p_darts", "pc_darts", "nsga_net")
@@ -26,7 +24,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    arms = Arms(read_yaml(CONFIGS / "robustness" / f"{scale}.yaml"), data_at(scale, data, "digits"))
+    arms = Arms(preset_at("robustness", scale), data_at(scale, data, "digits"))
 
     def run(network: str) -> Run:
         return arms.run(network, network=network)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from dataeff.core.artifact import WEIGHTS
+from dataeff.nn.pointwise import PointwiseConv2d
 
 HostName = Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "small"]
 NEW_PARTS = ("hyper", "module_bn", "fc")
@@ -85,7 +86,7 @@ def build_host(
 
 def _basic_block(in_channels: int, channels: int, stride: int) -> nn.Module:
     changes = stride > 1 or in_channels != channels
-    projection = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+    projection = nn.Sequential(PointwiseConv2d(in_channels, channels, stride), nn.BatchNorm2d(channels))
     block: nn.Module = BasicBlock(in_channels, channels, stride, projection if changes else None)
     return block
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataeff.nn.pointwise import PointwiseConv2d
 from dataeff.nn.resnet import conv2d_macs, init_weights
 
 Block = Literal["basic", "bottleneck_a", "bottleneck_b"]
@@ -109,21 +110,6 @@ class MoEConv2d(nn.Module):
         return result
 
 
-class Projection(nn.Conv2d):
-    """1x1 convolution without bias that takes every `stride`-th pixel first.
-
-    The same as `nn.Conv2d` with that stride, whose gradient in channels-last memory ends the process (PyTorch 2.14 on
-    CPUs, 8 channels at 48 x 48 for one).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__(in_channels, out_channels, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = self.stride
-        return F.conv2d(x[:, :, ::height, ::width], self.weight)
-
-
 class GatedBlock(nn.Module):
     """ReLU(residual(x) + shortcut(x)); see the table in spec section 2.3.
 
@@ -162,7 +148,7 @@ class GatedBlock(nn.Module):
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or in_channels != outer:
-            projection = Projection(in_channels, outer, stride)
+            projection = PointwiseConv2d(in_channels, outer, stride)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outer))
 
     def forward(self, x: Tensor, gate_of: GateOf) -> Tensor:

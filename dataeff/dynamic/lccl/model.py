@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataeff.nn.backbone import residual_blocks
+from dataeff.nn.pointwise import PointwiseConv2d
 from dataeff.nn.positions import count_positions
 from dataeff.nn.resnet import ResidualBlock, ResNet, conv2d_macs, init_weights
 
@@ -47,7 +48,7 @@ class Companion(nn.Module):
     def __init__(self, conv: nn.Conv2d, channels: CompanionKind):
         super().__init__()
         width = conv.out_channels if channels == "channels" else 1
-        self.conv = nn.Conv2d(conv.in_channels, width, 1, conv.stride[0], bias=False)
+        self.conv = PointwiseConv2d(conv.in_channels, width, conv.stride[0])
         self.norm = nn.BatchNorm2d(width)
         init_weights(self.conv)
 
