@@ -175,7 +175,9 @@ def open_study(out: Path, sweep: Sweep) -> optuna.Study:
 def searching_study(out: Path, sweep: Sweep, space: dict[str, Range | Choice], seed: int) -> optuna.Study:
     """The sweep's study with its sampler, which after a resume does not draw again what it has drawn before."""
     study = open_study(out, sweep)
-    study.sampler = make_sampler(sweep.sampler, space, seed + len(study.trials))
+    # A grid's seed decides which combination is number n of the study; the others need new numbers.
+    drawn = 0 if sweep.sampler == "grid" else len(study.trials)
+    study.sampler = make_sampler(sweep.sampler, space, seed + drawn)
     return study
 
 

@@ -100,6 +100,21 @@ def test_trials_of_a_dead_process_are_handed_out_first_with_their_number_and_par
     assert states == [TrialState.COMPLETE] * 4
 
 
+def test_a_resumed_grid_leaves_out_no_combination_and_repeats_none(tmp_path: Path) -> None:
+    space: dict[str, Any] = {"alpha": Choice((0.0, 1.0, 2.0)), "depth": Choice((8, 14))}
+    grid = sweep(sampler="grid", space={name: {"choices": list(item.values)} for name, item in space.items()})
+    seen: list[tuple[float, int]] = []
+    for process, count in enumerate((2, 3, 1)):
+        study = searching_study(tmp_path, grid, space, 0)
+        search = StudySearch(study, {"skipnet": distributions(space)}, TWO)
+        for number in range(count):
+            name = f"{process}-{number}"
+            params = search.suggest(name)["params"]
+            seen.append((params["alpha"], params["depth"]))
+            search.on_trial_complete(name, result())
+    assert sorted(seen) == [(alpha, depth) for alpha in (0.0, 1.0, 2.0) for depth in (8, 14)]
+
+
 def test_a_trial_whose_process_died_before_it_had_parameters_gets_some(tmp_path: Path) -> None:
     study = study_in(tmp_path)
     study._storage.create_new_trial(study._study_id)
