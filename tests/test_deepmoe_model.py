@@ -11,7 +11,7 @@ from dataeff.dynamic.deepmoe.network import (
     GatedBlock,
     GatedNetwork,
     MoEConv2d,
-    Projection,
+    PointwiseConv2d,
     build_network,
     solve_widening,
 )
@@ -305,7 +305,7 @@ def test_a_dilated_network_keeps_its_resolution_and_answers_every_pixel() -> Non
 
 def test_a_projection_is_a_strided_convolution_and_its_gradient_in_channels_last_is_finite() -> None:
     torch.manual_seed(0)
-    projection = Projection(8, 16, 2).to(memory_format=torch.channels_last)
+    projection = PointwiseConv2d(8, 16, 2).to(memory_format=torch.channels_last)
     x = torch.randn(16, 8, 47, 48).contiguous(memory_format=torch.channels_last).requires_grad_()
     torch.testing.assert_close(projection(x), F.conv2d(x, projection.weight, stride=2))
     projection(x).square().mean().backward()

@@ -29,12 +29,13 @@ PRUNING: dict[str, Any] = {
     "calibration_images": 64,
     "sparsity_weight": 0.5,
 }
+LCCL: dict[str, Any] = {"depth": 8, "report_every": 20, "train": {"iterations": 40}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "act": ("act", {}),
     "sact": ("sact", {}),
-    # Norms behind products need some mini-batches before their running statistics serve.
-    "lccl channels": ("lccl", {"report_every": 20, "train": {"iterations": 40}}),
-    "lccl shared": ("lccl", {"report_every": 20, "train": {"iterations": 40}, "companion": "shared"}),
+    # Norms behind products need some mini-batches before their running statistics serve; behind 12 products, more.
+    "lccl channels": ("lccl", LCCL),
+    "lccl shared": ("lccl", LCCL | {"companion": "shared"}),
     **{f"pruning {name}": ("pruning", {"criterion": name}) for name in ("l1", "entropy", "lasso", "thinet", "sss")},
     "pruning sss blocks": ("pruning", {"criterion": "sss", "structure": "blocks"}),
 }

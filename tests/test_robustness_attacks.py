@@ -2,6 +2,7 @@
 
 import warnings
 from copy import deepcopy
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -121,10 +122,14 @@ def test_images_are_those_of_torchattacks_from_the_same_start(
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("eps", [8 / 255, 16 / 255])
 def test_pgd_accuracy_is_that_of_torchattacks_within_half_a_point(kind: str, eps: float) -> None:
-    model, cfg = trained(kind), config("pgd", eps)
-    torch.manual_seed(0)
-    theirs = accuracy(model, torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10)(X, Y), Y)
-    assert accuracy(model, attack(model, X, Y, cfg), Y) == pytest.approx(theirs, abs=0.5)
+    """The mean over random starts: those alone scatter by a point."""
+    model = trained(kind)
+    theirs, ours = [], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        theirs.append(accuracy(model, torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10)(X, Y), Y))
+        ours.append(accuracy(model, attack(model, X, Y, config("pgd", eps, seed=seed)), Y))
+    assert mean(ours) == pytest.approx(mean(theirs), abs=0.5)
 
 
 def test_model_input_space_is_what_torchattacks_does_to_a_network_of_normalised_images() -> None:

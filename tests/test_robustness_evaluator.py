@@ -196,7 +196,7 @@ def test_in_model_input_space_the_clamp_alone_does_nearly_all_the_damage(kind: s
     )
     assert compatible.space == "model_input" and compatible.clamp_only is not None
     assert compatible.clean == pixel.clean
-    assert compatible.clamp_only < 35 < 85 < pixel.per_attack["pgd"]
+    assert compatible.clamp_only < 45 < 85 < pixel.per_attack["pgd"]
     assert compatible.clamp_only == pytest.approx(compatible.per_attack["fgsm"], abs=3)
 
 
