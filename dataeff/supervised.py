@@ -401,8 +401,15 @@ class SupervisedExperiment(Experiment):
         return f"{self.num_classes} classes, input {'x'.join(map(str, self.splits.image_shape))}"
 
     def export(self, directory: str | Path) -> None:
-        """Evaluate on the test split (on all ranks) and write the artifact (on the main rank)."""
+        """Evaluate on the test split (on all ranks) and write the artifact (on the main rank).
+
+        Raises:
+            ValueError: a metric is not finite.
+        """
         metrics = self.evaluate("test")
+        broken = [f"test_{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise ValueError(f"{', '.join(broken)}: the network's answers have overflowed; lower lr, or train longer")
         if not self.runtime.is_main:
             return
         card = Card(

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 from torch import Tensor
 
-from dataeff.core.artifact import Prediction, Predictor, SegmentedPrediction, load, read_artifact
+from dataeff.core.artifact import Prediction, Predictor, load, read_artifact
 from dataeff.core.config import parse_config
 from dataeff.nn.cascade import CascadePrediction, Walk
 from serve.batching import Batcher, Part, whole
@@ -168,10 +168,9 @@ class ModelServer(Server):
             return prediction
 
         # The first run allocates and tunes; no client should wait for it.
-        first = await asyncio.to_thread(predictor.predict, torch.zeros(1, *predictor.input_shape))
+        await asyncio.to_thread(predictor.predict, torch.zeros(1, *predictor.input_shape))
         batcher = Batcher(whole(run), self.options.max_batch, self.options.batch_wait_ms / 1000)
-        segments = isinstance(first, SegmentedPrediction)
-        return ServedModel(predictor, batcher.predict, batcher.close, batcher.check, segments)
+        return ServedModel(predictor, batcher.predict, batcher.close, batcher.check)
 
 
 class CascadeServer(Server):
@@ -203,7 +202,7 @@ class CascadeServer(Server):
 
         batcher = Batcher(run, self.options.max_batch, self.options.batch_wait_ms / 1000)
         alarm = DriftAlarm(cascade.calibrated)
-        served = ServedCascade(cascade, batcher.predict, batcher.close, batcher.check, alarm=alarm)
+        served = ServedCascade(cascade, batcher.predict, batcher.close, batcher.check, alarm)
         return served
 
     def count(self, served: ServedCascade, version: str, prediction: CascadePrediction, thresholds: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataeff.core.artifact import Prediction, Predictor, SegmentedPrediction
+from dataeff.core.artifact import Prediction, Predictor, SegmentedPrediction, Segmenter
 from dataeff.metrics.curve import pick_point
 from dataeff.nn.cascade import CascadePrediction
 from serve.cascade import Calibrated, Cascade
@@ -36,13 +36,17 @@ class ServedModel:
     predict: PredictRows
     close: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
-    segments: bool = False  # its predictions are `SegmentedPrediction`
 
     wishes: ClassVar[tuple[str, ...]] = MODEL_WISHES
 
     @property
     def full_macs(self) -> float:
         return self.predictor.card.cost["full_macs"]
+
+    @property
+    def segments(self) -> bool:
+        """Whether its predictions have the class of every pixel."""
+        return isinstance(self.predictor, Segmenter)
 
     def inputs(self) -> list[TensorSpec]:
         channels, height, width = self.predictor.input_shape
@@ -66,9 +70,9 @@ class ServedModel:
         ]
 
     def _class_map(self) -> list[TensorSpec]:
-        if not self.segments:
+        if not isinstance(self.predictor, Segmenter):
             return []
-        shape = (-1, *self.predictor.input_shape[1:])
+        shape = (-1, *self.predictor.map_shape)
         return [TensorSpec("class_map", {"UINT8": shape}, description="the class of every pixel")]
 
     def settings(self, wishes: Wishes) -> Tensor:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +10,6 @@ from dataeff.dynamic.deepmoe.network import (
     GatedBlock,
     GatedNetwork,
     MoEConv2d,
-    PointwiseConv2d,
     build_network,
     solve_widening,
 )
@@ -301,13 +299,3 @@ def test_a_dilated_network_keeps_its_resolution_and_answers_every_pixel() -> Non
     dilations = {layer.conv.dilation[0] for layer in model.network.convs() if layer.conv.kernel_size[0] == 3}
     assert dilations == {1, 2, 4}
     assert model(torch.randn(2, 3, 24, 32)).logits.shape == (2, 4, 24, 32)
-
-
-def test_a_projection_is_a_strided_convolution_and_its_gradient_in_channels_last_is_finite() -> None:
-    torch.manual_seed(0)
-    projection = PointwiseConv2d(8, 16, 2).to(memory_format=torch.channels_last)
-    x = torch.randn(16, 8, 47, 48).contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.testing.assert_close(projection(x), F.conv2d(x, projection.weight, stride=2))
-    projection(x).square().mean().backward()
-    assert x.grad is not None and bool(x.grad.isfinite().all())
-    assert bool((x.grad[:, :, 1::2] == 0).all())

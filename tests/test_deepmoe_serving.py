@@ -69,9 +69,7 @@ def digits(predictor: Predictor, count: int) -> Tensor:
     return images._preprocess(test.images(np.arange(count)))  # type: ignore[no-any-return]
 
 
-def with_client(
-    predictor: Predictor, scenario: Callable[[httpx.AsyncClient], Awaitable[Any]], segments: bool = False
-) -> Any:
+def with_client(predictor: Predictor, scenario: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
     """Run `scenario` with a client of the application that serves `predictor`, in batches of up to 8 images."""
 
     def run(images: Tensor, budgets: Tensor) -> Prediction:
@@ -80,7 +78,7 @@ def with_client(
     async def main() -> Any:
         async def load(version: str, source: Version) -> ServedModel:
             batcher = Batcher(whole(run), 8, 0.05)
-            return ServedModel(predictor, batcher.predict, batcher.close, segments=segments)
+            return ServedModel(predictor, batcher.predict, batcher.close)
 
         versions = Versions("net", load)
         await versions.apply({"1": Version(artifact="-")})
@@ -211,7 +209,7 @@ def test_a_segmentation_network_gives_the_class_of_every_pixel(tmp_path: Path) -
             "inferred": inferred,
         }
 
-    found = with_client(predictor, scenario, segments=True)
+    found = with_client(predictor, scenario)
     png = PIL.Image.open(BytesIO(base64.b64decode(found["map"]["class_map"])))
     assert np.array_equal(np.asarray(png), expected.class_map[0].numpy())
     present = {item["label"]: item["share"] for item in found["map"]["classes"]}

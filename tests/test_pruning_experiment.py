@@ -68,6 +68,15 @@ def test_every_method_trains_and_its_artifact_answers_as_it_was_evaluated(case: 
         predictor.predict(experiment.preprocess(test.images(np.arange(3))), torch.ones(2))
 
 
+def test_a_network_whose_answers_overflow_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = make("act")
+    finish(experiment)
+    monkeypatch.setattr(experiment, "evaluate", lambda split: {"accuracy": 0.1, "loss": math.nan, "macs": 1.0})
+    with pytest.raises(ValueError, match="test_loss is nan: .*lower lr"):
+        experiment.export(tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
 @EACH
 def test_a_run_resumed_at_any_step_ends_like_the_undisturbed_one(case: str) -> None:
     undisturbed = make(case)

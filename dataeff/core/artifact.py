@@ -93,6 +93,14 @@ class Predictor(Protocol):
 
 
 @runtime_checkable
+class Segmenter(Protocol):
+    """A predictor whose predictions are `SegmentedPrediction`."""
+
+    map_shape: tuple[int, int]
+    """(H, W) of a class map."""
+
+
+@runtime_checkable
 class Embedder(Protocol):
     """A predictor whose network has an embedding of each image."""
 

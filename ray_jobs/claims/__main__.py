@@ -43,7 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=sorted(RESOURCES), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--data", help="the data to measure on (default at scale cpu: the embedded digits)")
-    parser.add_argument("--only", nargs="+", metavar="ID", help="measure these claims only, such as S1 S12")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="measure these claims only, such as S1 S13")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: as many as the cluster holds)")
     add_folder_arguments(parser, "table")
     return parser.parse_args(arguments)

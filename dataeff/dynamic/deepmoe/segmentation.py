@@ -237,6 +237,10 @@ class SegmentationExperiment(GatedExperiment):
 class SegmentationPredictor(NetworkPredictor):
     """A trained segmentation network."""
 
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        return self.input_shape[1:]
+
     def predict(self, inputs: Tensor, budget: Tensor | None = None) -> SegmentedPrediction:
         """As the protocol asks, with the class of every pixel; errors as for any predictor."""
         check_budget(budget, len(inputs))
