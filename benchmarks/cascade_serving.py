@@ -14,9 +14,7 @@ import argparse
 import asyncio
 import base64
 import json
-import logging
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,7 +35,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from benchmarks.http_load import ROOT, load_test
+from benchmarks.http_load import load_test
+from benchmarks.local_serve import ROOT, free_port, local_serve
 from dataeff.core.artifact import Card, Prediction, Predictor, load
 from dataeff.data import Preprocess
 from serve.cascade import Cascade, StagedCascade
@@ -135,45 +134,25 @@ def pictures(size: int, count: int = 64) -> list[bytes]:
 # The four servers.
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def ours(stages: list[str], thresholds: str, workers: int) -> Iterator[dict[str, str]]:
     """Ray Serve with both applications; only one of them is asked at a time."""
-    import ray
     from ray import serve
 
     # By its name: what `__main__` defines cannot be loaded by the replicas.
     from benchmarks import cascade_serving as here
     from serve.app import build, build_cascade, parse_cascade_options, parse_options
 
-    port = free_port()
     # As the other servers; Ray gives its workers 15, behind everything else.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own name
-    ray.init(
-        address="local",
-        num_cpus=2 * workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
     common = {"num_cpus": 1, "replicas": workers}
     own = Loader(here.cascade_of, here.stage_of)
     options = parse_cascade_options(common | {"stages": ",".join(stages), "thresholds": thresholds})
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+    with local_serve(num_cpus=2 * workers) as port:
         serve.run(build_cascade(options, own), name="cascade", route_prefix="/cascade")
         alone = build(parse_options(common | {"artifact": stages[-1]}), here.network_of)
         serve.run(alone, name="accurate", route_prefix="/accurate")
         yield {name: f"http://127.0.0.1:{port}/{name}/predict" for name in ("cascade", "accurate")}
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 def fastapi_server(folder: str, port: int, workers: int) -> None:

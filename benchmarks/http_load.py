@@ -11,8 +11,6 @@ A failure is any answer other than 200, or none. The last line is JSON.
 import argparse
 import asyncio
 import json
-import logging
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +24,8 @@ import httptools
 import numpy as np
 import PIL.Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.local_serve import local_serve
+
 TIMEOUT_S = 60
 
 
@@ -52,31 +51,16 @@ def files(folder: Path) -> list[bytes]:
 @contextmanager
 def local_server(artifact: str | None) -> Iterator[str]:
     """Ray Serve on this machine with one replica of the artifact's network, or of a fake one."""
-    import ray
     from ray import serve
 
     from dataeff.core.artifact import load
     from serve.app import build, parse_options
     from tests.serve_fakes import load_fake
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+    with local_serve() as port:
         options = parse_options({"artifact": artifact or "fake"})
         serve.run(build(options, load if artifact else load_fake), route_prefix="/")
         yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 class _Client(asyncio.Protocol):

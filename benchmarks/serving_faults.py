@@ -11,7 +11,6 @@ the longest wait. In the end the human queue must hold every ticket that a calle
 import argparse
 import contextlib
 import json
-import logging
 import tempfile
 import threading
 import time
@@ -21,13 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 import torch
-from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 
-from benchmarks.http_load import ROOT
+from benchmarks import local_serve
 from serve.client import Client, ServerError
 from serve.human import HumanQueue
 from tests.serve_fakes import FakePredictor, encoded, fake_cascade, picture
@@ -116,7 +111,7 @@ class Load:
 
 
 def deploy(port: int, layout: str, versions: dict[str, dict[str, Any]], queue: Path, revision: str) -> None:
-    """As `serve deploy` does: an application from a config; only what changed is touched."""
+    """The cascade of fakes in one layout, with these versions."""
     human = layout == "colocated"
     args = {"artifact": "human1" if human else "fake1", "layout": layout, "name": "fake", "replicas": "2"}
     args |= {"num_cpus": "0.1", "router_cpus": "0.1", "max_queue": "64", "max_rows": "64"}
@@ -124,21 +119,14 @@ def deploy(port: int, layout: str, versions: dict[str, dict[str, Any]], queue: P
     args |= {"max_batch": revision} if revision else {}
     names = ["CascadeServer"] if human else ["CascadeServer", "Stage1", "Stage2", "Stage3"]
     deployments = [{"name": name, "user_config": {"versions": versions}} for name in names]
-    config = ServeDeploySchema.model_validate(
-        {
-            "http_options": {"host": "127.0.0.1", "port": port},
-            "applications": [
-                {
-                    "name": "fake",
-                    "route_prefix": "/",
-                    "import_path": "tests.serve_fakes:fake_app",
-                    "args": args,
-                    "deployments": deployments,
-                }
-            ],
-        }
-    )
-    _get_global_client().deploy_apps(config, _blocking=True)
+    application = {
+        "name": "fake",
+        "route_prefix": "/",
+        "import_path": "tests.serve_fakes:fake_app",
+        "args": args,
+        "deployments": deployments,
+    }
+    local_serve.deploy(port, [application])
 
 
 def kill(name: str) -> Callable[[], None]:
@@ -193,23 +181,8 @@ def main() -> None:
     parser.add_argument("--only", help="one fault, by a part of its name")
     parser.add_argument("--without-retries", action="store_true", help="send everything once, to see what retries hide")
     arguments = parser.parse_args()
-    from benchmarks.cascade_serving import free_port
-
-    port, folder = free_port(), Path(tempfile.mkdtemp())
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
-        results = run(arguments, f"http://127.0.0.1:{port}", port, folder / "queue.db")
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with local_serve.local_serve(num_cpus=4) as port:
+        results = run(arguments, f"http://127.0.0.1:{port}", port, Path(tempfile.mkdtemp()) / "queue.db")
     print(json.dumps(results))
 
 

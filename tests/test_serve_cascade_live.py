@@ -1,6 +1,5 @@
 """A cascade in Ray Serve, both layouts: offline answers, a swap and a killed stage under load, and odd requests."""
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 
+from benchmarks import local_serve
 from benchmarks.serving_faults import kill_actor
 from serve.client import Client, ServerError
 from serve.versions import Version
@@ -53,30 +50,15 @@ class Cluster:
                     "deployments": [{"name": name, "user_config": table} for name in names],
                 }
             )
-        http = {"host": "127.0.0.1", "port": self.port}
-        config = ServeDeploySchema.model_validate({"http_options": http, "applications": applications})
-        _get_global_client().deploy_apps(config, _blocking=True)
+        local_serve.deploy(self.port, applications)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    cluster = Cluster(port, tmp_path_factory.mktemp("human") / "queue.db")
-    cluster.deploy("fake1", "1")
-    yield cluster
-    serve.shutdown()
-    ray.shutdown()
+    with local_serve.local_serve(num_cpus=2) as port:
+        cluster = Cluster(port, tmp_path_factory.mktemp("human") / "queue.db")
+        cluster.deploy("fake1", "1")
+        yield cluster
 
 
 def offline(number: int, artifact: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A local Ray Serve instance: existing clients, offline answers, batches, and bad requests that leave it running."""
 
 import json
-import socket
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
-import ray
 import tritonclient.http as triton
 from ray import serve
 
+from benchmarks.local_serve import local_serve
 from serve.app import build, model, parse_options
 from tests.serve_fakes import CLASSES, FULL_MACS, FakePredictor, encoded, load_fake, picture
 
@@ -30,22 +29,9 @@ INFER = "/v2/models/fake/infer"
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """host:port of a server whose fake network takes 50 ms for each batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = str(Path(__file__).parents[1])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(parse_options({"artifact": "slow"}), load_fake), name="fake", route_prefix="/")
-    yield f"127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+    with local_serve(num_cpus=2) as port:
+        serve.run(build(parse_options({"artifact": "slow"}), load_fake), name="fake", route_prefix="/")
+        yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture

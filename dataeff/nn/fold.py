@@ -3,6 +3,7 @@
 The rebuilt parts copy the weights: build them again after the network was trained further.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from dataeff.nn.resnet import ResidualBlock, ResNet
 
 MANY = 64  # images that weights for batches are packed for
+# Multiply-adds up to which a convolution of one image is faster without fusion: the fused operator takes 50 us more
+# before it starts (PyTorch 2.14).
+SMALL_MACS = 4e6
 
 
 class InferenceConv(Protocol):
@@ -65,12 +69,17 @@ def inference_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> InferenceCo
 
 
 class _OneDnnConv:
-    """oneDNN's convolution with fused ReLU and sum: the operators torch.compile uses, without a compiler."""
+    """oneDNN's convolution with fused ReLU and sum: the operators torch.compile uses, without a compiler.
+
+    A small convolution of one image uses PyTorch's public operators instead, see `SMALL_MACS`.
+    """
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor):
+        self.unfused = _PlainConv(conv, weight, bias, None)
+        self.small_pixels = SMALL_MACS / weight.numel() * math.prod(self.unfused.stride) if conv.groups == 1 else 0
+        self.small: bool | None = None  # of one image of the first one's size
         padding, stride, dilation = (list(map(int, value)) for value in (conv.padding, conv.stride, conv.dilation))
         self.geometry = (padding, stride, dilation, conv.groups)
-        self.plain = weight.contiguous(memory_format=torch.channels_last)
         self.packed: dict[bool, Tensor] = {}
         self.bias = bias
         self.run = torch.ops.mkldnn._convolution_pointwise.default
@@ -87,16 +96,29 @@ class _OneDnnConv:
         packed = self.packed.get(single)
         if packed is None:
             size = [1 if single else MANY, *x.shape[1:]]
-            packed = torch.ops.mkldnn._reorder_convolution_weight(self.plain, *self.geometry, size)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(self.unfused.weight, *self.geometry, size)
             self.packed[single] = packed
         return packed
 
+    def is_small(self, x: Tensor) -> bool:
+        """Decided once: a question of microseconds."""
+        count, _, height, width = x.shape
+        if count != 1:
+            return False
+        if self.small is None:
+            self.small = height * width <= self.small_pixels
+        return self.small
+
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
+        if self.is_small(x):
+            return self.unfused(x, relu)
         attribute = "relu" if relu else "none"
         result: Tensor = self.run(x, self.weight(x), self.bias, *self.geometry, attribute, [], "")
         return result
 
     def relu_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        if self.is_small(x):
+            return self.unfused.relu_scale(x, scale)
         # ReLU(z) * s = ReLU(z * s), since s is not negative.
         result: Tensor = self.run_binary(
             x, scale, self.weight(x), self.bias, *self.geometry, "mul", None, "relu", [], ""
@@ -104,6 +126,9 @@ class _OneDnnConv:
         return result
 
     def add_relu_(self, x: Tensor, into: Tensor) -> None:
+        if self.is_small(x):
+            self.unfused.add_relu_(x, into)
+            return
         self.run_add_(into, x, self.weight(x), self.bias, *self.geometry, "add", 1.0, "relu", [], "")
 
 
