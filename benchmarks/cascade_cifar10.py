@@ -28,7 +28,7 @@ from ray_jobs import score
 
 CIFAR = "parquet:../shared/data/cifar10"
 # Depth, widths, mini-batches of the full run: a small network takes longer to become as good as it can be.
-NETWORKS = {"fast": (8, (8, 16, 32), 3000), "mid": (8, (12, 24, 48), 2400), "accurate": (14, (16, 32, 64), 1500)}
+NETWORKS = {"fast": (8, (8, 16, 32), 3000), "mid": (8, (12, 24, 48), 3000), "accurate": (20, (16, 32, 64), 2000)}
 QUICK_ITERATIONS = 60
 QUICK_NEURAL = (128, 128, 64, 64, 32, 16)
 CASCADES: dict[str, dict[str, Any]] = {

@@ -79,10 +79,16 @@ def data_at(scale: str, data: str | None, default: str, large: str = "CIFAR10") 
 
 
 def preset_at(method: str, scale: str) -> dict[str, Any]:
-    """Settings that a method's claims at a scale begin with; at scale "cpu" the smallest preset that it has."""
+    """Settings that a method's claims at a scale begin with; at scale "cpu" the smallest preset that it has.
+
+    Raises:
+        ValueError: it has none at this scale.
+    """
     names = ("claims_cpu", "digits", "cpu") if scale == "cpu" else (scale,)
-    files = (CONFIGS / method / f"{name}.yaml" for name in names)
-    return read_yaml(next(file for file in files if file.is_file()))
+    files = [file for name in names if (file := CONFIGS / method / f"{name}.yaml").is_file()]
+    if not files:
+        raise ValueError(f"{method} has no preset at scale {scale!r}")
+    return read_yaml(files[0])
 
 
 def log_file(folder: Path) -> Path:
