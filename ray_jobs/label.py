@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from pydantic import Field
 
-from dataeff.core.config import Config, merge, parse_config, parse_overrides
+from dataeff.core.config import merge, parse_config, parse_overrides
 from dataeff.core.experiment import Experiment, LabelsNeeded
 from dataeff.core.registry import get_method
 from dataeff.core.run import (
@@ -34,6 +33,7 @@ from dataeff.core.run import (
 )
 from dataeff.core.runtime import Runtime
 from dataeff.data import BadImageError, Splits, absolute_spec, open_splits
+from dataeff.data.label_file import REQUEST, STATE, Request, held, read_request, write_csv
 from dataeff.data.labelling import (
     ANSWERS,
     MANIFEST,
@@ -47,20 +47,13 @@ from dataeff.data.labelling import (
 from dataeff.data.sources import EncodedRecords
 from dataeff.data.spec import DataSpec, parse_spec
 from ray_jobs.cli import UserError, add_config_arguments, read_settings, run_command
-from ray_jobs.label_files import contact_sheet, read_labels, write_csv
+from ray_jobs.label_files import contact_sheet, read_labels
 
 METHOD = "active"
-REQUEST, SHEET, STATE = "to_label.csv", "to_label.html", "request.json"
+SHEET = "to_label.html"
 FOREVER = 1000  # cycles, where people decide when to stop
 LARGEST = 64  # pixels: the side that larger images are brought to, unless the data string has size=
 PEOPLE_OPTIONS = {"size", "channels", "on_bad_image"}
-
-
-class Request(Config):
-    """What people have been asked for and have not answered yet."""
-
-    cycle: int = Field(ge=0)
-    images: list[str] = Field(description="in the order of the CSV")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -177,7 +170,7 @@ class _Labelling:
 
     def go_on(self) -> None:
         """Take the labels that wait, train, and ask for the next ones."""
-        request = self._request()
+        request = read_request(self.out)
         self._name_missing(request)
         if request is not None and not self._take(request):
             print(self._waiting(request))
@@ -204,10 +197,6 @@ class _Labelling:
         except BadImageError as error:
             raise UserError(f"{error}; delete the file, or add ?on_bad_image=skip to --data") from None
 
-    def _request(self) -> Request | None:
-        path = self.out / STATE
-        return Request.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-
     def _name_missing(self, request: Request | None) -> None:
         """Say which images are gone from disk; their decoded copies stay in use."""
         gone = missing_files(self.manifest)
@@ -223,6 +212,10 @@ class _Labelling:
 
         The answers are complete before the request goes, so a kill in between loses nothing and takes nothing twice.
         """
+        with held(self.out):  # against labels that come over HTTP meanwhile
+            return self._take_alone(request)
+
+    def _take_alone(self, request: Request) -> bool:
         answers = read_answers(self.out)
         if any(image not in answers for image in request.images):
             labels = read_labels(self.labels, request.images, self.classes, answers)

@@ -1,7 +1,6 @@
-"""The files that people and the labelling job exchange: `to_label.csv`, its contact sheet, and the answers."""
+"""What people and the labelling job exchange: a filled-in `to_label.csv`, and the contact sheet for it."""
 
 import base64
-import csv
 import html
 import io
 import json
@@ -10,20 +9,11 @@ from pathlib import Path
 
 import PIL.Image
 
-from dataeff.core.config import nearest
-from dataeff.core.run import replace_text
+from dataeff.data.label_file import LabelTable, wrong_label
 from ray_jobs.cli import UserError
 
-COLUMNS = ("image", "label")
 THUMBNAIL = 160  # pixels of the longer side
 SHOWN = 12  # problems that one message names
-
-
-def write_csv(path: Path, rows: Sequence[tuple[str, ...]], columns: Sequence[str] = COLUMNS) -> None:
-    """A CSV file, complete or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    replace_text(path, text.getvalue())
 
 
 def read_labels(
@@ -42,23 +32,27 @@ def read_labels(
         UserError: one line that names every wrong row (the first dozen): an unknown class, a missing, empty or repeated
             row, an image that was not asked for.
     """
-    rows = _read_rows(path)
+    try:
+        rows = LabelTable.read(path).labels()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     by_name = {name.casefold(): name for name in classes}
     first_row: dict[str, int] = {}
     labels: dict[str, str] = {}
     problems: list[str] = []
     for number, image, label in rows:
-        if image not in asked:
-            why = f"was labelled {answered[image]!r} before" if image in answered else "was not asked for"
-            problems.append(f"row {number}: {image!r} {why}")
-        elif image in first_row:
+        if image in first_row:
             problems.append(f"rows {first_row[image]} and {number}: {image!r} twice")
-        else:
+            continue
+        if image in asked:
             first_row[image] = number
-            if label and label.casefold() in by_name:
-                labels[image] = by_name[label.casefold()]
-            elif label:
-                problems.append(f"row {number}: unknown class {label!r} of {image!r} ({nearest(label, classes)})")
+        why = wrong_label(image, label, asked, classes, answered)
+        if why:
+            problems.append(f"row {number}: {why}")
+        elif label:
+            labels[image] = by_name[label.casefold()]
     if not any(label for _, _, label in rows) and not problems and len(first_row) == len(asked):
         return None
     unknown = {image for number, image, label in rows if label}
@@ -75,30 +69,6 @@ def read_labels(
             "file and run the same command again"
         )
     return labels
-
-
-def _read_rows(path: Path) -> list[tuple[int, str, str]]:
-    """(row number, image, label) of every row that is not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save it as CSV UTF-8") from None
-    header = next(iter(text.splitlines()), "")
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    names = [name.strip().casefold() for name in next(reader, [])]
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise UserError(f"{path}: no column {' and '.join(missing)} in its first row, which is {header!r}")
-    places = [names.index(name) for name in COLUMNS]
-    rows = []
-    for cells in reader:
-        if any(cell.strip() for cell in cells):
-            image, label = (cells[place].strip() if place < len(cells) else "" for place in places)
-            rows.append((reader.line_num, image, label))
-    return rows
 
 
 def contact_sheet(

@@ -1,4 +1,5 @@
-"""Ray Serve applications: `serve run serve.app:model artifact=DIR` and `serve run serve.app:cascade stages=DIR,DIR`."""
+"""Ray Serve applications: `serve run serve.app:model artifact=DIR`, `serve.app:cascade stages=DIR,DIR` and
+`serve.app:labelling out=DIR`."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor, load, read_artifact
 from dataeff.core.config import parse_config
+from dataeff.data.labelling import read_manifest
 from dataeff.nn.cascade import CascadePrediction, Walk
 from serve.batching import Batcher, Part, whole
 from serve.cascade import Cascade, exits
@@ -24,13 +26,22 @@ from serve.drift import DriftAlarm
 from serve.http import create_app
 from serve.human import HumanQueue
 from serve.human_http import HumanDesk
+from serve.labelling import create_labelling_app
 from serve.loading import Loader, load_cascade, load_stage
 from serve.metrics import Metrics
 from serve.models import ServedCascade, ServedModel
-from serve.options import CascadeOptions, ModelOptions, ServerOptions, deployment_settings, stage_settings
+from serve.options import (
+    CascadeOptions,
+    HostOptions,
+    LabellingOptions,
+    ModelOptions,
+    ServerOptions,
+    deployment_settings,
+    stage_settings,
+)
 from serve.versions import Version, Versions, parse_versions
 
-O = TypeVar("O", bound=ServerOptions)  # noqa: E741
+O = TypeVar("O", bound=HostOptions)  # noqa: E741
 
 DRIFT_EVERY = 200
 
@@ -65,6 +76,24 @@ def cascade(args: dict[str, str]) -> Application:
     return build_cascade(options)
 
 
+def labelling(args: dict[str, str]) -> Application:
+    """Builder of the application that chooses images and takes people's labels; see `LabellingOptions`.
+
+    Raises:
+        click.UsageError: as for `model`; also for a folder that holds no labelling by people.
+    """
+    try:
+        options = parse_labelling_options(args)
+        read_manifest(Path(options.out))
+        if options.artifact:
+            read_artifact(options.artifact)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    deployment = serve.deployment(**deployment_settings("LabellingServer", options))
+    application: Application = deployment(serve.ingress()(LabellingServer)).bind(options)
+    return application
+
+
 def parse_options(args: Mapping[str, Any]) -> ModelOptions:
     """Options from `key=value` arguments; a relative artifact folder is taken from here, not from the replica's folder.
 
@@ -77,6 +106,11 @@ def parse_options(args: Mapping[str, Any]) -> ModelOptions:
 def parse_cascade_options(args: Mapping[str, Any]) -> CascadeOptions:
     """As `parse_options`, for a cascade."""
     return _parse(CascadeOptions, args, "serve.app:cascade")
+
+
+def parse_labelling_options(args: Mapping[str, Any]) -> LabellingOptions:
+    """As `parse_options`, for a labelling."""
+    return _parse(LabellingOptions, args, "serve.app:labelling")
 
 
 def _parse(schema: type[O], args: Mapping[str, Any], where: str) -> O:
@@ -235,3 +269,18 @@ class DistributedServer(CascadeServer):
 
         served = ServedCascade(cascade, predict, alarm=DriftAlarm(cascade.calibrated))
         return served
+
+
+class LabellingServer:
+    """One replica over the folder of a labelling by people."""
+
+    def __init__(self, options: LabellingOptions) -> None:
+        self.options = options
+        self.threads = max(1, int(options.num_cpus))
+        torch.set_num_threads(self.threads)
+        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
+        self.predictor = load(options.artifact, options.device) if options.artifact else None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        folder, token = Path(self.options.out), self.options.token()
+        return create_labelling_app(folder, self.options, self.metrics, self.predictor, token, self.threads)

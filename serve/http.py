@@ -88,36 +88,10 @@ def create_app(
     app = Application(title="dataeff", version=dataeff.__version__, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     check = token_check(token)
-    guarded = APIRouter(dependencies=[Depends(_bearer(check))] if token else [])
+    guarded = APIRouter(dependencies=[Depends(bearer(check))] if token else [])
     denied = error_responses(401) if token else {}
-    admission = Admission(limits.max_queue)
+    answer = Answers(limits, metrics)
     in_thread = Together(decoding_threads, "decode")
-
-    async def answer(endpoint: str, work: Callable[[Ticket, dict[str, Any]], Awaitable[Response]]) -> Response:
-        """Run `work` within the queue: every failure becomes a status and a sentence, every request a log line."""
-        started, response, notes = time.perf_counter(), None, dict[str, Any]()
-        try:
-            with admission.hold() as ticket:
-                async with asyncio.timeout(limits.timeout_s):
-                    response = await work(ticket, notes)
-        except RequestError as error:
-            response = error_response(error.status, error.message)
-        except TimeoutError:
-            limit = min(limits.timeout_s, notes.get("timeout_s") or limits.timeout_s)
-            response = error_response(504, f"no answer within {limit:g} seconds; send fewer images or try later")
-        except Exception:
-            logger.exception("%s failed", endpoint)
-            response = error_response(500, "the server failed on this request; its log has the details")
-        finally:
-            # 499 as in the proxy's own counts: the client left, which cancels this coroutine.
-            status = response.status_code if response else 499
-            seconds = time.perf_counter() - started
-            metrics.answered(endpoint, status, seconds)
-            # No image content, no addresses, no tokens: only what was asked of the model and what it cost.
-            line = {"endpoint": endpoint, "status": status, "milliseconds": round(seconds * 1000, 1)} | notes
-            fields = {key: value for key, value in line.items() if value is not None}
-            logger.info("answered", extra=fields | {"log_to_stderr": False})  # Ray's key: the log file has the fields
-        return response
 
     async def body_of(request: Request) -> bytes:
         encoding = request.headers.get("content-encoding", "identity")
@@ -228,13 +202,7 @@ def create_app(
     async def server() -> dict[str, Any]:
         return {"name": "dataeff", "version": dataeff.__version__, "extensions": ["binary_tensor_data"]}
 
-    @app.get("/v2/health/live", summary="The server runs")
-    async def live() -> dict[str, bool]:
-        return {"live": True}
-
-    @app.get("/v2/health/ready", summary="The network is loaded")
-    async def ready() -> dict[str, bool]:
-        return {"ready": True}
+    add_health(app, "The network is loaded")
 
     @guarded.get("/v2/models/{name}", summary="Model metadata", responses=error_responses(404))
     @guarded.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
@@ -292,23 +260,7 @@ def create_app(
         app, versions, human is not None, bool(human and human.hosts)
     )
 
-    @app.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> Response:
-        return refusal(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_fields(request: Request, error: RequestValidationError) -> Response:
-        problem = error.errors()[0]
-        return error_response(400, f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}")
-
-    @app.exception_handler(HTTPException)
-    async def refuse_route(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        headers = dict(error.headers or {})
-        if error.status_code == 405:
-            headers["Allow"] = ", ".join(_methods(app, request))  # Starlette names those of the first route only
-        return error_response(error.status_code, message, headers)
-
+    handle_errors(app)
     return app
 
 
@@ -328,6 +280,75 @@ class Application(FastAPI):
                 response = await handler(Request(scope, receive))
                 return await response(scope, receive, send)
         await super().__call__(scope, receive, send)
+
+
+class Answers:
+    """Runs the work of requests within the queue: every failure becomes a status and a sentence, every request a line
+    in the log."""
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        self.limits, self.metrics = limits, metrics
+        self.admission = Admission(limits.max_queue)
+
+    async def __call__(self, endpoint: str, work: Callable[[Ticket, dict[str, Any]], Awaitable[Response]]) -> Response:
+        started, response, notes = time.perf_counter(), None, dict[str, Any]()
+        try:
+            with self.admission.hold() as ticket:
+                async with asyncio.timeout(self.limits.timeout_s):
+                    response = await work(ticket, notes)
+        except RequestError as error:
+            response = error_response(error.status, error.message)
+        except TimeoutError:
+            limit = min(self.limits.timeout_s, notes.get("timeout_s") or self.limits.timeout_s)
+            response = error_response(504, f"no answer within {limit:g} seconds; send fewer images or try later")
+        except Exception:
+            logger.exception("%s failed", endpoint)
+            response = error_response(500, "the server failed on this request; its log has the details")
+        finally:
+            # 499 as in the proxy's own counts: the client left, which cancels this coroutine.
+            status = response.status_code if response else 499
+            seconds = time.perf_counter() - started
+            self.metrics.answered(endpoint, status, seconds)
+            # No image content, no addresses, no tokens: only what was asked of the model and what it cost.
+            line = {"endpoint": endpoint, "status": status, "milliseconds": round(seconds * 1000, 1)} | notes
+            fields = {key: value for key, value in line.items() if value is not None}
+            logger.info("answered", extra=fields | {"log_to_stderr": False})  # Ray's key: the log file has the fields
+        return response
+
+
+def add_health(app: FastAPI, ready: str) -> None:
+    """The routes of health checks, which need no token; `ready` says what their answer means."""
+
+    @app.get("/v2/health/live", summary="The server runs")
+    async def is_live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", summary=ready)
+    async def is_ready() -> dict[str, bool]:
+        return {"ready": True}
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every refusal, also FastAPI's own, as a status and `{"error": one sentence}`."""
+
+    @app.exception_handler(RequestError)
+    async def refuse(request: Request, error: RequestError) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_fields(request: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        return error_response(400, f"{'.'.join(map(str, problem['loc']))[:100]}: {problem['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, RequestError):  # of `BodyLimit`, while FastAPI reads the body
+            return refusal(error.__cause__)
+        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request))  # Starlette names those of the first route only
+        return error_response(error.status_code, message, headers)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
@@ -369,7 +390,7 @@ def token_check(token: str | None) -> Callable[[str | None], None]:
     return check
 
 
-def _bearer(check: Callable[[str | None], None]) -> Callable[..., Awaitable[None]]:
+def bearer(check: Callable[[str | None], None]) -> Callable[..., Awaitable[None]]:
     """`check` as a dependency of FastAPI that shows in the OpenAPI page."""
     given_by_client = Depends(HTTPBearer(auto_error=False))
 

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serve.human import HumanQueue, Ticket, TicketError
 from serve.limits import RequestError
@@ -24,18 +24,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON has one kind of number
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class LeaseRequest(Strict):
     worker: str = Field(min_length=1, max_length=100, description="who asks; a name of your choice")
 
 
 class LabelRequest(Strict):
-    label: int = Field(ge=0, description="number of the class")
+    label: Whole = Field(ge=0, description="number of the class")
     worker: str = Field("anonymous", min_length=1, max_length=100, description="who answers")
-
-    @field_validator("label", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON has one kind of number
 
 
 class HumanDesk:

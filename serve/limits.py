@@ -45,6 +45,13 @@ class Limits(Config):
     timeout_s: float = Field(30.0, gt=0, description="longest time for one request, seconds; above it, 504")
 
 
+class LabellingLimits(Limits):
+    """Bounds on what one request may have chosen from."""
+
+    max_values: int = Field(2_000_000, ge=1, description="most numbers in the features or probabilities of a request")
+    max_classes: int = Field(10_000, ge=2, description="most classes, and clusters")
+
+
 class Admission:
     """Counts the images in the server, so that a flood is refused at once instead of waiting for ever."""
 

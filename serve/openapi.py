@@ -53,20 +53,29 @@ def complete(app: FastAPI, versions: Versions, human: bool, webhooks: bool) -> C
         if not served.segments:
             del page["paths"]["/segment"]
         infer["requestBody"] = {"required": True, "content": {protocol.JSON: {"schema": infer_schema(served)}}}
+        without_422(page)
         for path in page["paths"].values():
             for operation in path.values():
-                operation.get("responses", {}).pop("422", None)  # such requests get 400 here
                 for parameter in operation.get("parameters", []):
                     if parameter["name"] == "name":
                         parameter["schema"]["enum"] = [versions.name]
-        schemas = page.get("components", {}).get("schemas", {})
-        for unused in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(unused, None)
         if human:
-            schemas["LabelRequest"]["properties"]["label"]["maximum"] = len(served.predictor.card.classes) - 1
+            page["components"]["schemas"]["LabelRequest"]["properties"]["label"]["maximum"] = (
+                len(served.predictor.card.classes) - 1
+            )
         return page
 
     return openapi
+
+
+def without_422(page: dict[str, Any]) -> dict[str, Any]:
+    """The page without the answer that FastAPI gives to wrong fields: such requests get 400 here."""
+    for path in page["paths"].values():
+        for operation in path.values():
+            operation.get("responses", {}).pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        page.get("components", {}).get("schemas", {}).pop(unused, None)
+    return page
 
 
 def predict_parameters(model: ServedModel, versions: list[str], human: bool, webhooks: bool) -> list[dict[str, Any]]:

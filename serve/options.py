@@ -7,22 +7,16 @@ from pydantic import Field, model_validator
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from serve.limits import RETRY_AFTER_S, Limits
+from serve.limits import RETRY_AFTER_S, LabellingLimits, Limits
 from serve.versions import Version, VersionTable
 
 
-class ServerOptions(Limits):
+class HostOptions(Limits):
     """What every application takes."""
 
     paths: ClassVar[tuple[str, ...]] = ("artifact", "token_file")
 
     artifact: str = ""
-    split: str = Field("", description="with several artifacts: their shares of the traffic, as 0.9,0.1")
-    name: str = Field("", pattern=r"^[\w.-]*$", description="model name in URLs; empty: the artifact's method")
-    max_batch: int = Field(64, ge=1, le=4096, description="most images that the network runs at once")
-    batch_wait_ms: float = Field(
-        0.0, ge=0, le=1000, description="longest that an image waits for company at a free network, milliseconds"
-    )
     replicas: int = Field(1, ge=1, description="copies of the network")
     num_cpus: float = Field(1.0, gt=0, description="CPU cores of each replica; whole ones become torch threads")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of each replica; above 0 the network runs there")
@@ -33,7 +27,7 @@ class ServerOptions(Limits):
     log_format: Literal["JSON", "TEXT"] = Field("JSON", description="of the replicas' log")
 
     @model_validator(mode="after")
-    def _a_request_fits_the_queue(self) -> "ServerOptions":
+    def _a_request_fits_the_queue(self) -> "HostOptions":
         if self.max_rows > self.max_queue:
             raise ValueError(f"max_rows = {self.max_rows} must not exceed max_queue = {self.max_queue}")
         return self
@@ -54,6 +48,17 @@ class ServerOptions(Limits):
         if not token:
             raise ValueError(f"token_file = {self.token_file} is empty; write a token into it or leave the option out")
         return token
+
+
+class ServerOptions(HostOptions):
+    """What the applications take that serve networks under versions."""
+
+    split: str = Field("", description="with several artifacts: their shares of the traffic, as 0.9,0.1")
+    name: str = Field("", pattern=r"^[\w.-]*$", description="model name in URLs; empty: the artifact's method")
+    max_batch: int = Field(64, ge=1, le=4096, description="most images that the network runs at once")
+    batch_wait_ms: float = Field(
+        0.0, ge=0, le=1000, description="longest that an image waits for company at a free network, milliseconds"
+    )
 
     def versions(self) -> dict[str, Version]:
         """Versions "1", "2", ... of the artifacts given, with the split as weights.
@@ -78,6 +83,15 @@ class ModelOptions(ServerOptions):
     """Arguments of `serve run serve.app:model`."""
 
     artifact: str = Field(min_length=1, description="folder of an exported network; several, with commas, are versions")
+
+
+class LabellingOptions(LabellingLimits, HostOptions):
+    """Arguments of `serve run serve.app:labelling`."""
+
+    paths: ClassVar[tuple[str, ...]] = (*HostOptions.paths, "out")
+
+    out: str = Field(min_length=1, description="folder of a labelling by people, made by ray_jobs.label")
+    artifact: str = Field("", description="folder of an exported network, for images in /select")
 
 
 class CascadeOptions(ServerOptions):
@@ -152,7 +166,7 @@ def numbers(name: str, text: str) -> list[float]:
     return values
 
 
-def deployment_settings(name: str, options: ServerOptions, cpus: float | None = None) -> dict[str, Any]:
+def deployment_settings(name: str, options: HostOptions, cpus: float | None = None) -> dict[str, Any]:
     """Keywords of `serve.deployment` for the deployment that answers HTTP."""
     return _common(name, options) | {
         "num_replicas": options.replicas,
@@ -191,10 +205,12 @@ def stage_settings(options: CascadeOptions, number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _common(name: str, options: ServerOptions) -> dict[str, Any]:
-    return {
+def _common(name: str, options: HostOptions) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if isinstance(options, ServerOptions):
+        settings["user_config"] = VersionTable(versions=options.versions()).model_dump(mode="json")
+    return settings | {
         "name": name,
-        "user_config": VersionTable(versions=options.versions()).model_dump(mode="json"),
         # A replica that is to go finishes what it has; its successor is ready before it stops taking requests.
         "graceful_shutdown_timeout_s": options.timeout_s + 5,
         "graceful_shutdown_wait_loop_s": 0.5,

@@ -249,14 +249,26 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+def replace_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write a file completely or not at all; `durable`: it is on disk, whatever happens to the machine afterwards."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
+        if durable:
+            _to_disk(part)
         os.replace(part, path)
+        if durable:
+            _to_disk(path.parent)  # its new name too
     except OSError as error:  # a failed write, such as on a full disk, does not name its file
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
