@@ -113,6 +113,11 @@ def test_a_killed_stage_comes_back_and_no_request_fails(cluster: Cluster) -> Non
     for answer in answers:
         expected = offline(answer["number"], "fake1")
         assert answer["degraded"] or answer["label"] == expected["label"]
+    deadline = time.monotonic() + local_serve.START_S
+    with Client(cluster.url("distributed")) as client:
+        while any(client.predict(encoded(picture(number)))["degraded"] for number in range(8)):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
 
 def test_a_swap_under_load_fails_no_request_in_either_layout(cluster: Cluster) -> None:
@@ -120,7 +125,7 @@ def test_a_swap_under_load_fails_no_request_in_either_layout(cluster: Cluster) -
         time.sleep(0.5)
         cluster.deploy("fake2", "2")
         for layout in LAYOUTS:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + local_serve.START_S
             while list(httpx.get(cluster.url(layout) + "stats").json()["versions"]) != ["2"]:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
@@ -139,7 +144,8 @@ def test_a_swap_under_load_fails_no_request_in_either_layout(cluster: Cluster) -
         assert [answer["error"] for answer in answers if "error" in answer] == []
         assert [answers[0]["version"], answers[-1]["version"]] == ["1", "2"]
         for answer in answers:
-            assert answer["label"] == offline(answer["number"], f"fake{answer['version']}")["label"]
+            expected = offline(answer["number"], f"fake{answer['version']}")
+            assert answer.get("degraded") or answer["label"] == expected["label"]  # a stage may be slow to answer
 
 
 def test_two_thousand_odd_requests_find_no_failure_and_kill_no_replica(cluster: Cluster) -> None:
