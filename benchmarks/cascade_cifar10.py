@@ -5,10 +5,12 @@ images, and prints accuracy against cost on the test set: every model alone, the
 curve, and the comparison of eleven methods. Finished runs in --out are kept and not repeated.
 
     python -m benchmarks.cascade_cifar10                       # quick: a fraction of the data, a few minutes
-    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10     # three quarters of an hour on 2 cores;
-                                                    # with --data 'parquet:DIR?size=16' a third of that
+    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10     # not timed at 32 pixels; at 16, with
+                                                    # --data 'parquet:DIR?size=16', 26 minutes on one
 
 The last line is one JSON object. Target: within 0.3 points of the best network at 60 % or less of its multiply-adds.
+Its `best_cascade` is picked by the test figures above it: it says that such a cascade is among them, and not which one
+the calibration images would have picked.
 """
 
 import argparse

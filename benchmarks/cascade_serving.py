@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from benchmarks.http_load import load_test
-from benchmarks.local_serve import ROOT, free_port, local_serve
+from benchmarks.local_serve import ROOT, local_serve
 from dataeff.core.artifact import Card, Prediction, Predictor, load
 from dataeff.data import Preprocess
+from ray_jobs.cluster import free_port
 from serve.cascade import Cascade, StagedCascade
 from serve.limits import Limits, decode_image
 from serve.loading import Loader

@@ -1,21 +1,16 @@
 """Ray Serve on this machine alone, for measurements and tests."""
 
 import logging
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray_jobs.cluster import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 300  # every replica imports PyTorch first: a slow or busy machine takes minutes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -16,6 +17,13 @@ import ray
 from ray.exceptions import RayError
 
 from ray_jobs.cli import UserError
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def connect() -> None:

@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import logging
-import socket
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataeff.core.run import SUMMARY
 from dataeff.data import ImageSource, open_splits
 from ray_jobs import report, train, tune
 from ray_jobs.cli import UserError, run_command
+from ray_jobs.cluster import free_port
 from ray_jobs.training import elapsed
 
 DATA = "digits"
@@ -114,13 +114,6 @@ def post(url: str, picture: PIL.Image.Image) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=60) as answer:
         loaded: dict[str, Any] = json.load(answer)
     return loaded
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def print_table(summaries: dict[str, dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from dataeff.core.artifact import Card, save_artifact, versions
 from dataeff.core.config import ExperimentConfig, merge
 from dataeff.core.experiment import Experiment
 from dataeff.core.registry import METHODS
-from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, load_claims, plan, spread
+from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, load_claims, plan, preset_at, spread
 from ray_jobs.claims import skipnet as skipnet_claims
 from ray_jobs.claims.skipnet_figures import spearman
 from ray_jobs.cli import UserError
@@ -221,6 +221,11 @@ def test_rank_correlation_shares_ranks_between_ties_and_is_undefined_for_constan
     assert spearman(first, second) == pytest.approx(0.9486833)  # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
     assert spearman(first, -second) == pytest.approx(-0.9486833)
     assert spearman(first, 0 * second) != spearman(first, 0 * second)
+
+
+def test_a_scale_without_a_preset_is_named() -> None:
+    with pytest.raises(ValueError, match="skipnet has no preset at scale 'huge'"):
+        preset_at("skipnet", "huge")
 
 
 @pytest.mark.slow

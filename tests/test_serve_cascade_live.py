@@ -140,12 +140,15 @@ def test_a_swap_under_load_fails_no_request_in_either_layout(cluster: Cluster) -
     found["colocated"] = under_load(cluster.url("colocated"), swap)
     done.set()
     outer.join()
-    for answers in found.values():
+    for layout, answers in found.items():
         assert [answer["error"] for answer in answers if "error" in answer] == []
         assert [answers[0]["version"], answers[-1]["version"]] == ["1", "2"]
         for answer in answers:
             expected = offline(answer["number"], f"fake{answer['version']}")
-            assert answer.get("degraded") or answer["label"] == expected["label"]  # a stage may be slow to answer
+            # A stage of its own may be slow to answer; then an earlier one has, and the answer says so.
+            late = layout == "distributed" and answer["degraded"]
+            assert late or answer["label"] == expected["label"], answer
+        assert sum(answer["degraded"] for answer in answers) < len(answers) / 2
 
 
 def test_two_thousand_odd_requests_find_no_failure_and_kill_no_replica(cluster: Cluster) -> None:

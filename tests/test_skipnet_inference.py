@@ -12,7 +12,7 @@ import dataeff.dynamic.skipnet.predictor as predictor_module
 from dataeff.core.artifact import Card
 from dataeff.dynamic.skipnet.inference import SkipNetInference
 from dataeff.dynamic.skipnet.model import build_skipnet
-from dataeff.nn.fold import FoldedResNet, fold_batch_norm
+from dataeff.nn.fold import FoldedResNet, fold_batch_norm, fold_conv
 from dataeff.nn.resnet import conv2d
 from dataeff.nn.sparse import FeatureRows, Workspace
 
@@ -243,6 +243,22 @@ def test_nobody_spends_more_than_the_budget_allows():
     assert (out.macs <= budget.clamp_min(minimum)).all()
     assert out.macs[2] == minimum + block
     torch.testing.assert_close(out.logits, masked(model, images(), out.gates.bool()).logits, rtol=0, atol=1e-5)
+    for i in range(6):
+        alone = fast(images()[i : i + 1], budget[i : i + 1], everything[:1])
+        assert torch.equal(alone.gates[0], out.gates[i]) and alone.macs[0] == out.macs[i]
+        torch.testing.assert_close(alone.logits[0], out.logits[i], rtol=0, atol=1e-5)
+
+
+def test_a_convolution_of_one_image_is_the_same_at_every_size_whatever_came_before():
+    conv, norm = conv2d(64, 64, 3), nn.BatchNorm2d(64).eval()
+    sizes = [torch.randn(1, 64, size, size, generator=torch.Generator().manual_seed(size)) for size in (8, 32)]
+    used, fresh = fold_conv(conv, norm), fold_conv(conv, norm)
+    for x in sizes:
+        used(x.contiguous(memory_format=torch.channels_last), True)
+    for x in reversed(sizes):
+        x = x.contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(used(x, True), norm(conv(x)).relu(), rtol=1e-4, atol=1e-4)
+        assert used.is_small(x) == fresh.is_small(x)
 
 
 def test_a_budget_keeps_what_the_gates_of_feed_forward_networks_cost():

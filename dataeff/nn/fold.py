@@ -77,7 +77,6 @@ class _OneDnnConv:
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor):
         self.unfused = _PlainConv(conv, weight, bias, None)
         self.small_pixels = SMALL_MACS / weight.numel() * math.prod(self.unfused.stride) if conv.groups == 1 else 0
-        self.small: bool | None = None  # of one image of the first one's size
         padding, stride, dilation = (list(map(int, value)) for value in (conv.padding, conv.stride, conv.dilation))
         self.geometry = (padding, stride, dilation, conv.groups)
         self.packed: dict[bool, Tensor] = {}
@@ -101,13 +100,8 @@ class _OneDnnConv:
         return packed
 
     def is_small(self, x: Tensor) -> bool:
-        """Decided once: a question of microseconds."""
         count, _, height, width = x.shape
-        if count != 1:
-            return False
-        if self.small is None:
-            self.small = height * width <= self.small_pixels
-        return self.small
+        return count == 1 and height * width <= self.small_pixels
 
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
         if self.is_small(x):
