@@ -155,7 +155,7 @@ def test_a_process_killed_while_vaal_trains_ends_like_an_undisturbed_one(tmp_pat
     assert records[0] == records[1]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_two_workers_train_what_one_trains(tmp_path: Path) -> None:
     for workers in (1, 2):
         arguments = ["-m", "ray_jobs.train", "active", "--data", DATA, "--out", str(tmp_path / str(workers))]

@@ -26,8 +26,6 @@ from tests.ray_helpers import (
     without_seconds,
 )
 
-pytestmark = pytest.mark.slow
-
 LOCAL = """
 import json, sys, dataeff
 dataeff.train(sys.argv[3], "digits", sys.argv[1], json.loads(sys.argv[2]), resume=True)
@@ -50,6 +48,7 @@ def local_step(out: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("step-*")), default=0)
 
 
+@pytest.mark.slow
 def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     generator = seeded("local kills")
     arguments = ["-c", LOCAL, str(tmp_path / "killed"), json.dumps(TINY), "skipnet"]
@@ -64,6 +63,7 @@ def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_pat
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_search_killed_in_its_second_phase_finds_the_same_architecture(tmp_path: Path) -> None:
     generator = seeded("search kills")
     settings = [json.dumps(SEARCH), "nas_search"]
@@ -96,6 +96,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.alone
 def test_a_driver_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed: Path, tmp_path: Path) -> None:
     generator = seeded("driver kills")
     out = tmp_path / "run"
@@ -122,6 +123,7 @@ def assert_nothing_stays(command: Command) -> None:
     assert not names, f"Ray processes outlive their killed driver: {names}"
 
 
+@pytest.mark.alone
 def test_a_killed_worker_and_a_lost_node_are_replaced_without_changing_the_numbers(
     undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from serve.versions import Version
 from tests.serve_fakes import FakePredictor, encoded, fake_cascade, picture
 from tests.serve_fuzz import run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 LAYOUTS = ("colocated", "distributed")
 
@@ -153,7 +153,7 @@ def test_a_swap_under_load_fails_no_request_in_either_layout(cluster: Cluster) -
 
 def test_two_thousand_odd_requests_find_no_failure_and_kill_no_replica(cluster: Cluster) -> None:
     url = cluster.url("colocated")
-    status, cases, output = run(url.rstrip("/"), 130, "--workers", "2")
+    status, cases, output = run(url.rstrip("/"), 130)
     assert status == 0, output[-5000:]
     assert cases >= 2000
     with Client(url) as client:

@@ -20,7 +20,7 @@ from benchmarks.local_serve import local_serve
 from serve.app import build, model, parse_options
 from tests.serve_fakes import CLASSES, FULL_MACS, FakePredictor, encoded, load_fake, picture
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 PNG = {"Content-Type": "image/png"}
 INFER = "/v2/models/fake/infer"

@@ -15,7 +15,7 @@ from ray_jobs.cli import run_command
 from ray_jobs.train import main
 from tests.ray_helpers import TINY, Command, run, sets, train_arguments, without_seconds
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 # One step a mini-batch; without batch statistics, which would depend on how a batch is split.
 CURVE = TINY | {

@@ -268,7 +268,7 @@ def load_study(out: Path) -> optuna.Study:
     return optuna.load_study(study_name="sweep", storage=f"sqlite:///{out / 'study.db'}")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = sweep_file(
@@ -306,7 +306,7 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
     assert (out / front["artifact"] / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_asha_stops_poor_trials_of_a_single_objective(tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = sweep_file(
@@ -326,7 +326,7 @@ def test_asha_stops_poor_trials_of_a_single_objective(tmp_path: Path) -> None:
     assert front["trials"][front["chosen"]]["state"] == "complete"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_trial_can_be_a_ray_train_run_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = sweep_file(tmp_path / "sweep.yaml", trial="ray_train", sampler="random", set=TINY_TRIAL, trials=2)

@@ -69,7 +69,7 @@ def _claims(cascades: Cascades, scale: str) -> list[Claim]:
     neural: dict[str, Any] = {"nn_hidden": [64, 64, 32, 32, 16, 16]} if scale == "cpu" else {}
     strict = cascades.fit("compare_eps0", compare=True, eps=0.0, **neural)
     loose = cascades.fit("compare_eps1", compare=True, eps=0.01, **neural)
-    good = cascades.fit("mid_accurate", "2-3", eps=0.01)
+    good = cascades.fit("mid_accurate", "2-3", eps=0.0)
     declared = {"costs": COSTS, "eps": 0.01, "search": "product"}
     pair = cascades.fit("mid_accurate_declared", "2-3", **declared)
     weak = cascades.fit("fast_accurate_declared", "1-3", **declared)
