@@ -9,8 +9,8 @@ curve, and the comparison of eleven methods. Finished runs in --out are kept and
                                                     # --data 'parquet:DIR?size=16', 26 minutes on one
 
 The last line is one JSON object. Target: within 0.3 points of the best network at 60 % or less of its multiply-adds.
-Its `best_cascade` is picked by the test figures above it: it says that such a cascade is among them, and not which one
-the calibration images would have picked.
+It judges one design, `JUDGED`, whatever the others reach on the test images. (It was chosen by the test images of
+seed 0: another --seed, which trains all networks anew, is what tells.)
 """
 
 import argparse
@@ -32,6 +32,7 @@ from ray_jobs import score
 CIFAR = "parquet:../shared/data/cifar10"
 # Depth, widths, mini-batches of the full run: a small network takes longer to become as good as it can be.
 NETWORKS = {"fast": (8, (8, 16, 32), 3000), "mid": (8, (12, 24, 48), 3000), "accurate": (20, (16, 32, 64), 2000)}
+JUDGED = "mid + accurate, prob"
 QUICK_ITERATIONS = 60
 QUICK_NEURAL = (128, 128, 64, 64, 32, 16)
 CASCADES: dict[str, dict[str, Any]] = {
@@ -49,6 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keeps all runs (default: a temporary folder)")
     parser.add_argument("--full", action="store_true", help="train in earnest on all images")
     parser.add_argument("--iterations", type=int, help="mini-batches of every network, in place of the default")
+    parser.add_argument("--seed", type=int, default=0, help="of all trainings; the images' splits are seeded by --data")
     parser.add_argument("--eps", type=float, default=0.0, help="relative slack of the accuracy goal on calibration")
     return parser.parse_args(arguments)
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             rows[name] = _cascade(name, changes, tables, data, out, args)
         _print_rows(rows)
         figures = _figures(rows)
-        figures["throughput_gain"] = _throughput_gain(out, data, figures["best_cascade"])
+        figures["throughput_gain"] = _throughput_gain(out, data)
     print(json.dumps(figures))
     return figures
 
@@ -90,7 +92,7 @@ def _network(name: str, data: str, out: Path, args: argparse.Namespace) -> str:
         "stage1": {"iterations": iterations, "batch": 128, "schedule": "cosine", "weight_decay": 5e-4},
     }
     print(f"training {name} ...", file=sys.stderr)
-    dataeff.train("skipnet", data, out / name, settings, resume=True)
+    dataeff.train("skipnet", data, out / name, settings, resume=True, seed=args.seed)
     table = out / f"{name}.parquet"
     if not table.is_file():
         score.main([str(out / name / "artifact"), "--data", data, "--out", str(table), "--splits", "val", "test"])
@@ -109,7 +111,7 @@ def _cascade(
     settings = {"stages": tables, "kind": "cost", "eps": args.eps, "calibration_fraction": 1.0, **changes}
     if not args.full:
         settings["nn_hidden"] = QUICK_NEURAL
-    summary = dataeff.train("idk", data, folder, settings, resume=True, report=lambda row, total: None)
+    summary = dataeff.train("idk", data, folder, settings, resume=True, seed=args.seed, report=lambda row, total: None)
     if changes.get("compare"):
         print(f"\n{name}: eleven methods (test)")
         for row in json.loads((folder / "comparison.json").read_text(encoding="utf-8")):
@@ -133,26 +135,22 @@ def _print_rows(rows: dict[str, dict[str, float]]) -> None:
 
 
 def _figures(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The cheapest cascade within 0.3 points of the best network; without one, the most accurate."""
-    best = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"])
-    close = {name: rows[name] for name in CASCADES if rows[name]["accuracy"] >= best["accuracy"] - 0.003}
-    if close:
-        chosen = min(close, key=lambda name: close[name]["macs"])
-    else:
-        chosen = max(CASCADES, key=lambda name: rows[name]["accuracy"])
+    """The judged cascade beside the network of the best test accuracy."""
+    best, judged = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"]), rows[JUDGED]
+    relative = judged["macs"] / best["macs"]
     return {
         "best_network_accuracy": best["accuracy"],
-        "best_cascade": chosen,
-        "best_cascade_accuracy": rows[chosen]["accuracy"],
-        "best_cascade_relative_macs": rows[chosen]["macs"] / best["macs"],
-        "holds": bool(close) and rows[chosen]["macs"] <= 0.6 * best["macs"],
+        "cascade": JUDGED,
+        "cascade_accuracy": judged["accuracy"],
+        "cascade_relative_macs": relative,
+        "holds": judged["accuracy"] >= best["accuracy"] - 0.003 and relative <= 0.6,
     }
 
 
-def _throughput_gain(out: Path, data: str, cascade: str) -> float:
-    """Images a second of the cascade over those of the accurate network, on up to 512 test images at once."""
+def _throughput_gain(out: Path, data: str) -> float:
+    """Images a second of the judged cascade over those of the accurate network, on up to 512 test images at once."""
     found, alone = (
-        dataeff.load(out / _folder(cascade) / "artifact"),
+        dataeff.load(out / _folder(JUDGED) / "artifact"),
         dataeff.load(out / "accurate" / "artifact"),
     )
     assert isinstance(found, CascadePredictor)
