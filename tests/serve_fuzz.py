@@ -21,7 +21,7 @@ for name in ("PNG", "JPEG", "WEBP"):
     schemathesis.openapi.media_type(f"image/{name.lower()}", pictures(name))
 
 
-def run(url: str, examples: int) -> tuple[int, int, str]:
+def run(url: str, examples: int, *options: str) -> tuple[int, int, str]:
     """Run all checks against a server; exit status, cases and the output.
 
     In one thread: Hypothesis parses source, and `ast.parse` of CPython 3.11 may fail when two threads are in it.
@@ -30,7 +30,7 @@ def run(url: str, examples: int) -> tuple[int, int, str]:
         str(Path(sys.executable).with_name("schemathesis")),
         *("run", f"{url}/openapi.json", "--checks", "all", "--max-examples", str(examples)),
         *("--seed", "1", "--no-color", "--generation-database", "none", "--suppress-health-check", "all"),
-        *("--workers", "1"),
+        *("--workers", "1", *options),
     ]
     done = subprocess.run(
         command,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dataeff.nn.resnet import ResidualBlock, ResNet
 
 MANY = 64  # images that weights for batches are packed for
-# Multiply-adds up to which a convolution of one image is faster without fusion: the fused operator takes 50 us more
-# before it starts (PyTorch 2.14).
+# Multiply-adds up to which a convolution is faster without fusion: the fused operator takes 50 us more before it starts
+# (PyTorch 2.14).
 SMALL_MACS = 4e6
 
 
@@ -71,12 +71,13 @@ def inference_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> InferenceCo
 class _OneDnnConv:
     """oneDNN's convolution with fused ReLU and sum: the operators torch.compile uses, without a compiler.
 
-    A small convolution of one image uses PyTorch's public operators instead, see `SMALL_MACS`.
+    A small convolution uses PyTorch's public operators instead, see `SMALL_MACS`.
     """
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor):
         self.unfused = _PlainConv(conv, weight, bias, None)
-        self.small_pixels = SMALL_MACS / weight.numel() * math.prod(self.unfused.stride) if conv.groups == 1 else 0
+        outputs = SMALL_MACS / weight.numel() if conv.groups == 1 else 0  # places, of all images
+        self.small = outputs * math.prod(self.unfused.stride) * weight.shape[1]  # numbers in the input
         padding, stride, dilation = (list(map(int, value)) for value in (conv.padding, conv.stride, conv.dilation))
         self.geometry = (padding, stride, dilation, conv.groups)
         self.packed: dict[bool, Tensor] = {}
@@ -99,19 +100,15 @@ class _OneDnnConv:
             self.packed[single] = packed
         return packed
 
-    def is_small(self, x: Tensor) -> bool:
-        count, _, height, width = x.shape
-        return count == 1 and height * width <= self.small_pixels
-
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
-        if self.is_small(x):
+        if x.numel() <= self.small:
             return self.unfused(x, relu)
         attribute = "relu" if relu else "none"
         result: Tensor = self.run(x, self.weight(x), self.bias, *self.geometry, attribute, [], "")
         return result
 
     def relu_scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        if self.is_small(x):
+        if x.numel() <= self.small:
             return self.unfused.relu_scale(x, scale)
         # ReLU(z) * s = ReLU(z * s), since s is not negative.
         result: Tensor = self.run_binary(
@@ -120,7 +117,7 @@ class _OneDnnConv:
         return result
 
     def add_relu_(self, x: Tensor, into: Tensor) -> None:
-        if self.is_small(x):
+        if x.numel() <= self.small:
             self.unfused.add_relu_(x, into)
             return
         self.run_add_(into, x, self.weight(x), self.bias, *self.geometry, "add", 1.0, "relu", [], "")

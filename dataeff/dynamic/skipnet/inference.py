@@ -19,8 +19,9 @@ from dataeff.nn.sparse import FeatureRows, Images, Workspace
 
 Floats = NDArray[np.float32]
 Decisions = NDArray[np.bool_]
-Costs = tuple[float, NDArray[np.float64]]  # multiply-adds: what is always executed, and each block's (N,)
-Allowed = NDArray[np.float64] | None  # multiply-adds of each image, (B,)
+Macs = NDArray[np.float64]
+Costs = tuple[float, Macs]  # multiply-adds: what is always executed, and each block's (N,)
+Allowed = Macs | None  # multiply-adds of each image, (B,)
 
 
 class GateWalk(Protocol):
@@ -59,6 +60,7 @@ class SkipNetInference:
         self.costs = model.costs
         self._costs: dict[tuple[int, int], Costs] = {}
         self._workspaces: list[Workspace] = []  # one for each call that ran at the same time as others
+        self._walks: list[_OneFeedForwardWalk | _OneRecurrentWalk] = []  # as well
         self.gates: _FoldedRecurrentGate | list[_FoldedFeedForwardGate]
         if isinstance(model.gates, RecurrentGate):
             self.gates = _FoldedRecurrentGate(model.gates)
@@ -92,9 +94,7 @@ class SkipNetInference:
         costs = self._block_costs(x.shape[2], x.shape[3])
         features = network.run_block(network.blocks[0], network.stem(x))
         run = self._run_one if count == 1 else self._run_many
-        answer, logits, executed = run(features, costs, allowed, decided)
-        # In NumPy: an operator of PyTorch that is called once in a pass takes 20 us, a tenth of a block.
-        rows = (logits.T, executed.T.astype(np.float32), costs[0] + executed.T @ costs[1])
+        answer, *rows = run(features, costs, allowed, decided)
         return SkipNetOutput(answer, *(torch.from_numpy(row).to(x.device) for row in rows))
 
     def _block_costs(self, height: int, width: int) -> Costs:
@@ -105,8 +105,8 @@ class SkipNetInference:
 
     def _run_many(
         self, features: Tensor, costs: Costs, allowed: Allowed, decided: Decisions | None
-    ) -> tuple[Tensor, Floats, Decisions]:
-        """From the features (B, C, H, W) of block 1 to class logits (B, K), gate logits and decisions (N, B)."""
+    ) -> tuple[Tensor, Floats, Floats, Macs]:
+        """From the features (B, C, H, W) of block 1 to the parts of `SkipNetOutput`."""
         count = len(features)
         minimum, block_costs = costs
         spent = np.full(count, minimum)
@@ -140,23 +140,25 @@ class SkipNetInference:
                 walk.observe(images, features)
         answer = self.network.classify(rows.ordered())
         self._workspaces.append(workspace)
-        return answer, logits, executed
+        return answer, logits.T, executed.T.astype(np.float32), minimum + executed.T @ block_costs
 
     def _run_one(
         self, features: Tensor, costs: Costs, allowed: Allowed, decided: Decisions | None
-    ) -> tuple[Tensor, Floats, Decisions]:
+    ) -> tuple[Tensor, Floats, Floats, Macs]:
         """`_run_many` for one image: without rows to look after, a third less time between two blocks."""
         spent, block_costs = costs
         forced = None if decided is None else decided[:, 0].tolist()
         logits, executed = list[float | Floats](), list[bool]()
-        walk = self._walk_one()
+        walk = self._walks.pop() if self._walks else self._walk_one()
+        walk.begin()
         walk.observe(features)
         for position, block in enumerate(self.network.blocks[1:]):
             logit = walk.logit(position)
             execute = forced[position] if forced is not None else bool(logit >= 0)
             if execute and allowed is not None:
                 execute = spent + block_costs[position] <= allowed[0]
-                spent += block_costs[position] * execute
+            if execute:
+                spent += block_costs[position]
             logits.append(logit)
             executed.append(execute)
             if block.changes_shape:
@@ -168,8 +170,9 @@ class SkipNetInference:
             elif execute:
                 block.execute_(features, features)
                 walk.observe(features)
+        self._walks.append(walk)
         answer = self.network.classify(features)
-        return answer, np.array(logits, np.float32).reshape(-1, 1), np.array(executed, bool).reshape(-1, 1)
+        return answer, np.array([logits], np.float32), np.array([executed], np.float32), np.array([spent])
 
     def _walk(self, count: int) -> GateWalk:
         if isinstance(self.gates, list):
@@ -218,9 +221,9 @@ class _FeedForwardWalk:
 class _FoldedRecurrentGate:
     """Weights of a `RecurrentGate` with everything that is linear multiplied out.
 
-    Pooling, projection and the LSTM's input matrix become one matrix per position, which acts on the columns
-    [2h, 1, pooled]. With sigmoid(z) = (1 + tanh(z/2)) / 2 the four parts of the LSTM take one tanh; the halves are
-    in the weights. In float64, rounded once.
+    Pooling, projection and the LSTM's input matrix become one matrix per position. With sigmoid(z) = (1 + t) / 2,
+    t = tanh(z/2), the four parts of the LSTM take one tanh, and 2h = (1 + t) tanh(c) is the sum of two columns: the
+    matrix acts on [t tanh(c), tanh(c), 1, pooled]. The halves are in the weights. In float64, rounded once.
     """
 
     def __init__(self, gate: RecurrentGate):
@@ -240,9 +243,23 @@ class _FoldedRecurrentGate:
             assert isinstance(projection, nn.Linear)
             constant = bias + array(projection.bias) @ w_input
             pooled = array(projection.weight).T @ w_input
-            rows = np.concatenate([w_hidden / 2, constant[None], pooled])
+            rows = np.concatenate([w_hidden / 2, w_hidden / 2, constant[None], pooled])
             self.weights.append(np.ascontiguousarray(rows.T, dtype=np.float32))
-        self.output = np.concatenate([array(gate.output.weight)[0] / 2, array(gate.output.bias)]).astype(np.float32)
+        output = array(gate.output.weight)[0] / 2
+        self.output = np.concatenate([output, output, array(gate.output.bias)]).astype(np.float32)
+        self.mean = np.tile(np.eye(hidden, dtype=np.float32) / 2, 4)  # (h, 4h)
+
+
+class _Cell:
+    """What the LSTM holds in one step: rows [t of output, input, forget; g; c; t g; t c], (7h, *images)."""
+
+    def __init__(self, hidden: int, images: tuple[int, ...]):
+        memory = np.zeros((7 * hidden, *images), dtype=np.float32)
+        self.parts, self.output = memory[: 4 * hidden], memory[:hidden]
+        # Neighbours, so that one product serves input and forget, and one sum all that enters the next cell.
+        self.entering, self.entered = memory[hidden : 3 * hidden], memory[3 * hidden : 5 * hidden]
+        self.cell, self.products = memory[4 * hidden : 5 * hidden], memory[5 * hidden :]
+        self.addends = memory[3 * hidden :]
 
 
 class _Lstm:
@@ -255,37 +272,37 @@ class _Lstm:
     def __init__(self, gate: _FoldedRecurrentGate, images: tuple[int, ...]):
         hidden = gate.hidden
         self.gate = gate
-        self.inputs = np.zeros((hidden + 1, *images), dtype=np.float32)
-        self.inputs[hidden] = 1
-        # One block of memory, so that one product serves input * candidate and forget * cell.
-        memory = np.zeros((5 * hidden, *images), dtype=np.float32)
-        self.parts, self.sigmoids = memory[: 4 * hidden], memory[: 3 * hidden]
-        self.output, self.entering = memory[:hidden], memory[hidden : 3 * hidden]
-        self.entered, self.cell = memory[3 * hidden :], memory[4 * hidden :]
-        self.products = np.empty((2 * hidden, *images), dtype=np.float32)
-        self.addends = self.products[:hidden], self.products[hidden:]
-        self.tanh_cell = np.empty((hidden, *images), dtype=np.float32)
-        self.enter(0)
+        self.here, self.there = _Cell(hidden, images), _Cell(hidden, images)
+        width = max(weights.shape[1] for weights in gate.weights)
+        self.columns = np.zeros((width, *images), dtype=np.float32)  # pooled of the widest block
+        self.state = self.columns[: 2 * hidden + 1]
+        self.gated, self.tanh_cell = self.state[:hidden], self.state[hidden:-1]
+        self.state[-1] = 1
 
-    def enter(self, channels: int) -> None:
-        """Make room for pooled features of so many channels (C, *images), zeros until they are written."""
-        hidden = self.gate.hidden
-        state = self.inputs[: hidden + 1]
-        self.inputs = np.concatenate([state, np.zeros((channels, *state.shape[1:]), dtype=np.float32)])
-        self.hidden_state, self.state = self.inputs[:hidden], self.inputs[: hidden + 1]
-        self.pooled = self.inputs[hidden + 1 :]
+    def reset(self) -> None:
+        """Begin with other images."""
+        self.state[:-1].fill(0)
+        self.here.cell.fill(0)
+
+    def enter(self, channels: int) -> Floats:
+        """Where to write pooled features of so many channels from now on, (C, *images)."""
+        end = len(self.state) + channels
+        self.inputs = self.columns[:end]
+        return self.columns[len(self.state) : end]
 
     def step(self, position: int) -> Floats:
         """The next logit of every image."""
-        np.dot(self.gate.weights[position], self.inputs, out=self.parts)
-        np.tanh(self.parts, out=self.parts)
-        self.sigmoids += 1  # twice the sigmoids
-        np.multiply(self.entering, self.entered, out=self.products)
-        np.add(*self.addends, out=self.cell)
-        self.cell *= 0.5
-        np.tanh(self.cell, out=self.tanh_cell)
-        np.multiply(self.output, self.tanh_cell, out=self.hidden_state)  # twice the hidden state
-        logits: Floats = np.dot(self.gate.output, self.state)
+        here, there = self.here, self.there
+        # Methods and positional arguments: a gate between two blocks takes 20 us, four times what it takes in a loop of
+        # gates, and every indirection counts.
+        self.gate.weights[position].dot(self.inputs, here.parts)
+        np.tanh(here.parts, here.parts)
+        np.multiply(here.entering, here.entered, here.products)
+        self.gate.mean.dot(here.addends, there.cell)  # ((1 + t) g + (1 + t) c) / 2
+        np.tanh(there.cell, self.tanh_cell)
+        np.multiply(here.output, self.tanh_cell, self.gated)
+        self.here, self.there = there, here
+        logits: Floats = self.gate.output.dot(self.state)
         return logits
 
 
@@ -294,17 +311,18 @@ class _RecurrentWalk:
 
     def __init__(self, gate: _FoldedRecurrentGate, count: int):
         self.lstm, self.count = _Lstm(gate, (count,)), count
+        self.pooled = self.lstm.enter(0)
 
     def observe(self, images: Images, features: Tensor) -> None:
         # Not mean(): its division is one more operator, on a small array.
         pooled = features.sum((2, 3), dtype=torch.float32).cpu().numpy().T
         pooled *= 1 / (features.shape[2] * features.shape[3])
         if len(images) < self.count:
-            self.lstm.pooled[:, images] = pooled
+            self.pooled[:, images] = pooled
             return
-        if pooled.shape != self.lstm.pooled.shape:
-            self.lstm.enter(len(pooled))
-        self.lstm.pooled[:] = pooled
+        if len(pooled) != len(self.pooled):
+            self.pooled = self.lstm.enter(len(pooled))
+        self.pooled[:] = pooled
 
     def logits(self, position: int, rows: FeatureRows) -> Floats:
         return self.lstm.step(position)
@@ -316,6 +334,9 @@ class _OneFeedForwardWalk:
     def __init__(self, gates: list[_FoldedFeedForwardGate]):
         self.gates = gates
 
+    def begin(self) -> None:
+        pass
+
     def observe(self, features: Tensor) -> None:
         self.features = features
 
@@ -324,33 +345,56 @@ class _OneFeedForwardWalk:
 
 
 class _OneRecurrentWalk:
-    """`_RecurrentWalk` for one image, which pools by a product with a constant row: faster than a sum."""
+    """`_RecurrentWalk` for one image after the other, which pools by a product with a constant row: faster than a sum.
+
+    What features of one size need is made once: an operator of PyTorch without work takes 20 us between convolutions,
+    which leave nothing of it in the processor's caches.
+    """
 
     def __init__(self, gate: _FoldedRecurrentGate):
         self.lstm = _Lstm(gate, ())
+        self.rooms: dict[int, _Room] = {}
         self.features: Tensor | None = None
+
+    def begin(self) -> None:
+        self.lstm.reset()
+        self.features = None
 
     def observe(self, features: Tensor) -> None:
         # Blocks work in place, so that the features are mostly the same memory as before.
         if features is not self.features:
             self._enter(features)
-        torch.mm(self.weights, self.pixels, out=self.pooled)
-        if not self.shared:
-            self.lstm.pooled[:] = self.pooled.cpu().numpy()[0]
+        room = self.room
+        torch.mm(room.weights, self.pixels, out=room.pooled)
+        if room.copy_to is not None:
+            room.copy_to[:] = room.pooled.cpu().numpy()[0]
 
     def _enter(self, features: Tensor) -> None:
         _, channels, height, width = features.shape
-        self.lstm.enter(channels)
         self.features = features
-        self.pixels = features.permute(0, 2, 3, 1).reshape(height * width, channels)
-        self.weights = features.new_full((1, height * width), 1 / (height * width))
-        self.shared = features.device.type == "cpu" and features.dtype == torch.float32
-        self.pooled = features.new_empty(1, channels)
-        if self.shared:
-            self.pooled = torch.from_numpy(self.lstm.pooled).view(1, channels)
+        self.pixels = features.as_strided((height * width, channels), (channels, 1))  # of channels-last memory
+        pooled = self.lstm.enter(channels)
+        if channels not in self.rooms or self.rooms[channels].weights.shape[1] != height * width:
+            self.rooms[channels] = _Room(features, pooled)
+        self.room = self.rooms[channels]
 
     def logit(self, position: int) -> Floats:
         return self.lstm.step(position)
+
+
+class _Room:
+    """Where features (1, C, H, W) of one size are pooled.
+
+    Args:
+        pooled: the LSTM's memory (C,), which is written at once where PyTorch can share it.
+    """
+
+    def __init__(self, features: Tensor, pooled: Floats):
+        _, channels, height, width = features.shape
+        self.weights = features.new_full((1, height * width), 1 / (height * width))
+        shared = features.device.type == "cpu" and features.dtype == torch.float32
+        self.pooled = torch.from_numpy(pooled).view(1, channels) if shared else features.new_empty(1, channels)
+        self.copy_to = None if shared else pooled
 
 
 def _check_forced(forced: Tensor | None, count: int, num_gates: int) -> NDArray[np.bool_] | None:
@@ -359,5 +403,5 @@ def _check_forced(forced: Tensor | None, count: int, num_gates: int) -> NDArray[
         return None
     if forced.shape != (count, num_gates) or forced.dtype != torch.bool:
         raise ValueError(f"forced must be bool {(count, num_gates)}, got {forced.dtype} {tuple(forced.shape)}")
-    result: NDArray[np.bool_] = forced.T.cpu().numpy()
+    result: NDArray[np.bool_] = forced.numpy(force=True).T
     return result
