@@ -13,7 +13,7 @@ import dataeff
 from dataeff.core.run import RunDirectory
 from ray_jobs.cli import run_command
 from ray_jobs.train import main
-from tests.ray_helpers import TINY, Command, run, sets, train_arguments, without_seconds
+from tests.ray_helpers import TINY, Command, run, running, sets, train_arguments, without_seconds
 
 pytestmark = pytest.mark.alone
 
@@ -28,15 +28,22 @@ CURVE = TINY | {
 
 
 @pytest.fixture(scope="module")
-def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("two") / "run"
-    run(train_arguments(out, 2, settings=CURVE)).finish()
-    return out
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Finished runs on one worker and on two."""
+    outs = {workers: tmp_path_factory.mktemp("runs") / str(workers) for workers in (1, 2)}
+    with running(train_arguments(outs[1], 1, settings=CURVE)) as other:
+        run(train_arguments(outs[2], 2, settings=CURVE)).finish()
+        other.finish()
+    return outs
 
 
-def test_one_worker_and_two_have_the_same_loss_curve(two_workers: Path, tmp_path: Path) -> None:
-    run(train_arguments(tmp_path / "one", 1, settings=CURVE)).finish()
-    one, two = without_seconds(tmp_path / "one"), without_seconds(two_workers)
+@pytest.fixture
+def two_workers(runs: dict[int, Path]) -> Path:
+    return runs[2]
+
+
+def test_one_worker_and_two_have_the_same_loss_curve(runs: dict[int, Path]) -> None:
+    one, two = without_seconds(runs[1]), without_seconds(runs[2])
     assert len(one) == len(two) == 20
     for key in ("train_loss", "val_loss", "train_executed_share"):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-4), key
