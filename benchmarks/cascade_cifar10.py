@@ -82,6 +82,7 @@ def _network(name: str, data: str, out: Path, args: argparse.Namespace) -> str:
     depth, widths, iterations = NETWORKS[name]
     iterations = args.iterations or (iterations if args.full else QUICK_ITERATIONS)
     settings = {
+        "seed": args.seed,
         "arm": "base",
         "gate": "none",
         "depth": depth,
@@ -92,7 +93,7 @@ def _network(name: str, data: str, out: Path, args: argparse.Namespace) -> str:
         "stage1": {"iterations": iterations, "batch": 128, "schedule": "cosine", "weight_decay": 5e-4},
     }
     print(f"training {name} ...", file=sys.stderr)
-    dataeff.train("skipnet", data, out / name, settings, resume=True, seed=args.seed)
+    dataeff.train("skipnet", data, out / name, settings, resume=True)
     table = out / f"{name}.parquet"
     if not table.is_file():
         score.main([str(out / name / "artifact"), "--data", data, "--out", str(table), "--splits", "val", "test"])
@@ -108,10 +109,11 @@ def _cascade(
     name: str, changes: dict[str, Any], tables: list[str], data: str, out: Path, args: argparse.Namespace
 ) -> dict[str, float]:
     folder = out / _folder(name)
-    settings = {"stages": tables, "kind": "cost", "eps": args.eps, "calibration_fraction": 1.0, **changes}
+    settings = {"seed": args.seed, "stages": tables, "kind": "cost", "eps": args.eps, "calibration_fraction": 1.0}
+    settings |= changes
     if not args.full:
         settings["nn_hidden"] = QUICK_NEURAL
-    summary = dataeff.train("idk", data, folder, settings, resume=True, seed=args.seed, report=lambda row, total: None)
+    summary = dataeff.train("idk", data, folder, settings, resume=True, report=lambda row, total: None)
     if changes.get("compare"):
         print(f"\n{name}: eleven methods (test)")
         for row in json.loads((folder / "comparison.json").read_text(encoding="utf-8")):
