@@ -117,8 +117,10 @@ class SkipNetInference:
         workspace = self._workspaces.pop() if self._workspaces else Workspace()
         rows = FeatureRows(features, workspace)
         walk = self._walk(count)
-        walk.observe(everyone, features)
+        changed: tuple[Images, Tensor] | None = (everyone, features)  # since the last gate
         for position, block in enumerate(self.network.blocks[1:]):
+            if changed is not None:
+                walk.observe(*changed)
             logits[position] = walk.logits(position, rows)
             execute = decided[position] if decided is not None else logits[position] >= 0
             if allowed is not None:
@@ -126,6 +128,7 @@ class SkipNetInference:
                 spent[execute] += block_costs[position]
             executed[position] = execute
             images = execute.nonzero()[0]
+            changed = None
             if block.changes_shape:
                 before = rows.ordered()
                 rows = FeatureRows(channels_last(block.shortcut(before)), workspace)
@@ -133,11 +136,11 @@ class SkipNetInference:
                     # Copied before the new rows write to the workspace, which may hold `before`.
                     chosen = before if len(images) == count else before[torch.from_numpy(images)]
                     block.execute_(chosen, rows.take(images))
-                walk.observe(everyone, rows.ordered())
+                changed = everyone, rows.ordered()
             elif len(images):
                 features = rows.take(images)
                 block.execute_(features, features)
-                walk.observe(images, features)
+                changed = images, features
         answer = self.network.classify(rows.ordered())
         self._workspaces.append(workspace)
         return answer, logits.T, executed.T.astype(np.float32), minimum + executed.T @ block_costs
@@ -151,8 +154,10 @@ class SkipNetInference:
         logits, executed = list[float | Floats](), list[bool]()
         walk = self._walks.pop() if self._walks else self._walk_one()
         walk.begin()
-        walk.observe(features)
+        changed = True  # since the last gate
         for position, block in enumerate(self.network.blocks[1:]):
+            if changed:
+                walk.observe(features)
             logit = walk.logit(position)
             execute = forced[position] if forced is not None else bool(logit >= 0)
             if execute and allowed is not None:
@@ -161,15 +166,14 @@ class SkipNetInference:
                 spent += block_costs[position]
             logits.append(logit)
             executed.append(execute)
+            changed = execute or block.changes_shape
             if block.changes_shape:
                 shortcut = channels_last(block.shortcut(features))
                 if execute:
                     block.execute_(features, shortcut)
                 features = shortcut
-                walk.observe(features)
             elif execute:
                 block.execute_(features, features)
-                walk.observe(features)
         self._walks.append(walk)
         answer = self.network.classify(features)
         return answer, np.array([logits], np.float32), np.array([executed], np.float32), np.array([spent])
