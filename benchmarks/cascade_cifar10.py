@@ -5,8 +5,8 @@ images, and prints accuracy against cost on the test set: every model alone, the
 curve, and the comparison of eleven methods. Finished runs in --out are kept and not repeated.
 
     python -m benchmarks.cascade_cifar10                       # quick: a fraction of the data, a few minutes
-    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10     # not timed at 32 pixels; at 16, with
-                                                    # --data 'parquet:DIR?size=16', 26 minutes on one
+    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10     # with --data 'parquet:DIR?size=16' 26
+                                                    # minutes on one core; not timed at 32 pixels
 
 The last line is one JSON object. Target: within 0.3 points of the best network at 60 % or less of its multiply-adds.
 It judges one design, `JUDGED`, whatever the others reach on the test images. (It was chosen by the test images of

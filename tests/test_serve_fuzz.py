@@ -1,7 +1,6 @@
 """Requests that nobody would think of: schemathesis against the OpenAPI page of a server without Ray, all checks."""
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
+from ray_jobs.cluster import free_port
 from tests.serve_fuzz import run
 from tests.test_serve_cascade import app_of, new_cascade, queue
 
@@ -18,9 +18,7 @@ from tests.test_serve_cascade import app_of, new_cascade, queue
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """A cascade with a human stage and two versions, behind a token."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     servers: list[uvicorn.Server] = []
 
     async def main() -> None:

@@ -249,6 +249,22 @@ def test_nobody_spends_more_than_the_budget_allows():
         torch.testing.assert_close(alone.logits[0], out.logits[i], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", ["rnn", "ffgate1"])
+def test_one_network_answers_images_of_several_sizes_one_by_one_and_together(gate):
+    """Depth 8: the last block changes the shape, so that no gate knows its width."""
+    model = small(gate, depth=8)
+    fast = SkipNetInference(model)
+    for size in (16, 32, 16):
+        x = images(size=size)
+        together = fast(x)
+        expected = masked(model, x, together.gates.bool()).logits
+        torch.testing.assert_close(together.logits, expected, rtol=0, atol=1e-5)
+        for i in range(6):
+            alone = fast(x[i : i + 1])
+            torch.testing.assert_close(alone.gate_logits[0], together.gate_logits[i], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(alone.logits[0], expected[i], rtol=0, atol=1e-5)
+
+
 def test_a_convolution_of_one_image_is_the_same_at_every_size_whatever_came_before():
     conv, norm = conv2d(64, 64, 3), nn.BatchNorm2d(64).eval()
     sizes = [torch.randn(1, 64, size, size, generator=torch.Generator().manual_seed(size)) for size in (8, 32)]

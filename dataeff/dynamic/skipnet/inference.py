@@ -59,8 +59,9 @@ class SkipNetInference:
         self.num_gates = model.num_gates
         self.costs = model.costs
         self._costs: dict[tuple[int, int], Costs] = {}
-        self._workspaces: list[Workspace] = []  # one for each call that ran at the same time as others
-        self._walks: list[_OneFeedForwardWalk | _OneRecurrentWalk] = []  # as well
+        # Kept between calls, one for each call that ran at the same time as others.
+        self._workspaces: list[Workspace] = []
+        self._walks: list[_OneFeedForwardWalk | _OneRecurrentWalk] = []
         self.gates: _FoldedRecurrentGate | list[_FoldedFeedForwardGate]
         if isinstance(model.gates, RecurrentGate):
             self.gates = _FoldedRecurrentGate(model.gates)
@@ -345,7 +346,8 @@ class _OneFeedForwardWalk:
         self.features = features
 
     def logit(self, position: int) -> Floats:
-        return self.gates[position](self.features)
+        logit: Floats = self.gates[position](self.features)[0]
+        return logit
 
 
 class _OneRecurrentWalk:
