@@ -62,9 +62,8 @@ def _cpu_claims(arms: MoEArms) -> list[Claim]:
     tails = arms.run("hard_moe", arm="hard_moe", width=1)
     rnp = arms.run("rnp", arm="rnp", width=1)
     per_layer = arms.run("per_layer_lambda6", arm="per_layer", width=1, lam=6.0)
-    wider = tuple(
-        (static, arms.run(f"lambda2_x{width}", width=width, lam=2.0)) for width, static in ((1, base), (2, wide_base))
-    )
+    static = {1: base, 2: wide_base, **{width: arms.static(f"base_x{width}", width=width) for width in (4, 8)}}
+    wider = tuple((static[width], arms.run(f"lambda2_x{width}", width=width, lam=2.0)) for width in static)
 
     def cheaper(results: Results) -> dict[str, float]:
         found = {
@@ -184,7 +183,7 @@ def _gpu_claims(arms: MoEArms) -> list[Claim]:
             arms.static(f"static_r18_x{width}", arch="resnet18_cifar", width=width),
             arms.run(f"moe_r18_x{width}", arch="resnet18_cifar", width=width, lam=2.0, **free),
         )
-        for width in (1, 2, 4)
+        for width in (1, 2, 4, 8)
     )
     return [
         _wide_beats_base(base, wide),

@@ -1,10 +1,11 @@
 """Claims of the robustness study (spec nas_adversarial_robustness section 6, numbers 1 to 13), and of its attacks
-(section 8); T0 to T13 recompute the published tables. Repeats are the seeds. All figures are percentages or their
-differences, in points."""
+(sections 4 and 8); T0 to T13 recompute the published tables. Repeats are the seeds. All figures are percentages or
+their differences, in points."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dataeff.core.config import merge
 from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at, preset_at
 from ray_jobs.claims.robustness_published import table_claims
 
@@ -34,6 +35,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     probed = [
         arms.run(f"{name}_probed", network=name, masking=True, sweep_eps=[1, 2, 4]) for name in ("resnet18", "vgg16_bn")
     ]
+    transfers = [_transfer(arms, attacked, other) for attacked, other in (probed, probed[::-1])]
     clamped = [
         arms.run(
             f"{name}_clamped", network=name, attacks=["fgsm", "pgd"], sweep_eps=[], budget={"space": "model_input"}
@@ -210,8 +212,35 @@ def claims(scale: str, data: str | None) -> list[Claim]:
                 Check("noise_takes", at_most=0.0),
             ),
         ),
+        Claim(
+            "A4",
+            "PGD made on another network, which sees no gradient of the attacked one, takes less than PGD on itself",
+            "a sign of a hidden gradient otherwise (spec section 4); a point of noise allowed",
+            (*probed, *transfers),
+            lambda results: {
+                "transfer_takes": max(
+                    _of(results, attacked, "pgd") - _of(results, transfer, "pgd")
+                    for attacked, transfer in zip(probed, transfers, strict=True)
+                )
+            },
+            (Check("transfer_takes", at_most=1.0),),
+        ),
         *table_claims(),
     ]
+
+
+def _transfer(arms: Arms, attacked: Run, other: Run) -> Run:
+    """`attacked` under the PGD that follows the gradients of `other`."""
+    return Run(
+        f"{attacked.name}_transfer",
+        arms.data,
+        merge(arms.preset, {"attacks": ["pgd"], "sweep_eps": []}),
+        after=(attacked, other),
+        fill=lambda results: {
+            "trained": str(results[attacked.name].artifact),
+            "surrogate": str(results[other.name].artifact),
+        },
+    )
 
 
 def _of(results: Results, run: Run, name: str) -> float:
