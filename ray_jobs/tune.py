@@ -71,9 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     connect()
     require(sweep.cpus * sweep.workers, sweep.gpus * sweep.workers)
-    references = _train_references(sweep, settings, data, out)
     if args.reference is not None:
         references = {"reference": _last_row(args.reference)}
+    else:
+        references = _train_references(sweep, settings, data, out)
     for family, member in sweep.members.items():
         for name, changes in member.shared.items():
             if name not in settings[family]:

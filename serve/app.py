@@ -26,7 +26,6 @@ from serve.drift import DriftAlarm
 from serve.http import create_app
 from serve.human import HumanQueue
 from serve.human_http import HumanDesk
-from serve.labelling import create_labelling_app
 from serve.loading import Loader, load_cascade, load_stage
 from serve.metrics import Metrics
 from serve.models import ServedCascade, ServedModel
@@ -282,5 +281,7 @@ class LabellingServer:
         self.predictor = load(options.artifact, options.device) if options.artifact else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from serve.labelling import create_labelling_app  # scikit-learn: seconds for every other kind of replica
+
         folder, token = Path(self.options.out), self.options.token()
         return create_labelling_app(folder, self.options, self.metrics, self.predictor, token, self.threads)

@@ -124,6 +124,15 @@ def test_the_check_lets_an_import_from_below_pass(module: str, source: str) -> N
     assert forbidden(source, module) == []
 
 
+@pytest.mark.parametrize("module", ["ray_jobs.train", "ray_jobs.tune", "serve.app"])
+def test_what_only_some_data_need_does_not_slow_every_start(module: str) -> None:
+    """Commands, Ray's controllers and Serve's replicas each start in a process of their own."""
+    heavy = {"matplotlib", "sklearn", "scipy", "torchvision"}
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_the_sources_are_clean_by_ruff() -> None:
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.experiment import Trial
 
 from dataeff.core.config import Choice
+from ray_jobs import tune
 from ray_jobs.sweep import StudySearch, Sweep, distributions, read_sweep, searching_study
 from ray_jobs.tune import _scheduler, _settings, choose, parse_arguments, write_front
 from tests.ray_helpers import TINY, run, running, wait_until
@@ -266,6 +267,21 @@ def finished_trials(out: Path) -> dict[str, int]:
 
 def load_study(out: Path) -> optuna.Study:
     return optuna.load_study(study_name="sweep", storage=f"sqlite:///{out / 'study.db'}")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_sweep_trains_its_own_references_unless_one_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    trained: list[str] = []
+    for name in ("connect", "require", "_search"):
+        monkeypatch.setattr(tune, name, lambda *arguments: None)
+    monkeypatch.setattr(tune, "_train_once", lambda *arguments: trained.append(arguments[-1].name))
+    monkeypatch.setattr(tune, "_last_row", lambda folder: {"val_accuracy": 0.9, "val_macs": 1000.0})
+    file = sweep_file(tmp_path / "s.yaml", references={"base": {"arm": "base", "gate": "none"}})
+    more = ["--reference", str(tmp_path)] if given else []
+    front = tune.main(tune_arguments(file, tmp_path / "out", *more)[2:])
+    assert (trained, list(front["references"])) == (([], ["reference"]) if given else (["base"], ["base"]))
 
 
 @pytest.mark.alone

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_image
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold against decompression bombs: 256 MiB of RGB
 
@@ -37,6 +36,8 @@ def decode(blob: Tensor, channels: int) -> Tensor:
     Raises:
         BadImageError: corrupt, truncated, not an image, or more than `MAX_PIXELS` pixels.
     """
+    from torchvision.io import ImageReadMode, decode_image  # seconds to import
+
     pixels = _declared_pixels(blob)
     if pixels is not None:
         _refuse_bomb(pixels)

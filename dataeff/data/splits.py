@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 
 from dataeff.data.cache import bad_images, build_cached, open_cached
-from dataeff.data.embedded import open_digit_pairs, open_digits, open_digits_easy_hard
 from dataeff.data.fingerprint import text_fingerprint
-from dataeff.data.folder import open_folder
-from dataeff.data.labelling import UNKNOWN, open_labelling
-from dataeff.data.parquet import open_parquet
-from dataeff.data.rendered import open_letters, open_rendered_digits
+from dataeff.data.labelling import UNKNOWN
 from dataeff.data.sources import (
     ArrayStore,
     DecodingStore,
@@ -26,20 +22,20 @@ from dataeff.data.sources import (
 )
 from dataeff.data.spec import DataSpec, parse_spec
 from dataeff.data.subsets import longtail_subset, stratified_split, stratified_subset
-from dataeff.data.torchvision_sets import open_torchvision
 
 _FORMAT = 1  # part of every key: raise it when decoding or resizing changes pixels
 
-_OPENERS: dict[str, Callable[[DataSpec], RawData]] = {
-    "digits": open_digits,
-    "digits-easy-hard": open_digits_easy_hard,
-    "digit-pairs": open_digit_pairs,
-    "letters": open_letters,
-    "rendered-digits": open_rendered_digits,
-    "parquet": open_parquet,
-    "folder": open_folder,
-    "labelling": open_labelling,
-    "torchvision": open_torchvision,
+# Modules are imported when their data is asked for: scikit-learn, matplotlib and torchvision take seconds.
+_OPENERS: dict[str, str] = {
+    "digits": "dataeff.data.embedded:open_digits",
+    "digits-easy-hard": "dataeff.data.embedded:open_digits_easy_hard",
+    "digit-pairs": "dataeff.data.embedded:open_digit_pairs",
+    "letters": "dataeff.data.rendered:open_letters",
+    "rendered-digits": "dataeff.data.rendered:open_rendered_digits",
+    "parquet": "dataeff.data.parquet:open_parquet",
+    "folder": "dataeff.data.folder:open_folder",
+    "labelling": "dataeff.data.labelling:open_labelling",
+    "torchvision": "dataeff.data.torchvision_sets:open_torchvision",
 }
 
 
@@ -102,7 +98,8 @@ def open_splits(text: str) -> Splits:
     spec = parse_spec(text)
     if spec.kind not in _OPENERS:
         raise ValueError(f"'{text}' has classes of pixels, not of images: it is for segmentation methods")
-    raw = _OPENERS[spec.kind](spec)
+    module, opener = _OPENERS[spec.kind].split(":")
+    raw: RawData = getattr(import_module(module), opener)(spec)
     _refuse_idle_fraction(spec, "val", raw.val is not None and spec.kind not in ("digits-easy-hard", "digit-pairs"))
     _refuse_idle_fraction(spec, "test", raw.test is not None)
     key = text_fingerprint(_FORMAT, raw.content)
