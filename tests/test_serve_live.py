@@ -17,8 +17,11 @@ import tritonclient.http as triton
 from ray import serve
 
 from benchmarks.local_serve import local_serve
-from serve.app import build, model, parse_options
+from serve.app import build, labelling, model, parse_options
 from tests.serve_fakes import CLASSES, FULL_MACS, FakePredictor, encoded, load_fake, picture
+from tests.test_serve_labelling import IMAGES, folder, rows_of
+
+__all__ = ["folder"]  # the fixture
 
 pytestmark = pytest.mark.alone
 
@@ -169,6 +172,21 @@ def test_a_bad_request_is_answered_and_the_next_good_one_too(
     assert response.status_code == status, response.text
     assert word in response.json()["error"]
     check_good_answer(client, encoded(picture(1)))
+
+
+def test_labels_sent_to_the_labelling_application_reach_its_folder(address: str, folder: Path) -> None:
+    serve.run(labelling({"out": str(folder), "num_cpus": "0.5"}), name="labelling", route_prefix="/labelling")
+    try:
+        with httpx.Client(base_url=f"http://{address}/labelling", timeout=30) as client:
+            assert client.get("/request").json()["images"] == IMAGES
+            answer = client.post("/label", json={"labels": {IMAGES[0]: "dark", IMAGES[2]: "bright"}})
+            assert (answer.status_code, answer.json()["missing"]) == (200, 2)
+            assert client.post("/label", json={"labels": {"not asked.png": "dark"}}).status_code == 400
+            chosen = client.post("/select", json={"strategy": "random", "k": 2, "count": 9, "labelled": [0]}).json()
+            assert len(set(chosen["indices"])) == 2
+    finally:
+        serve.delete("labelling")
+    assert rows_of(folder) == {IMAGES[0]: "dark", IMAGES[1]: "", IMAGES[2]: "bright", IMAGES[3]: ""}
 
 
 def test_a_wrong_argument_is_one_line_for_the_shell(tmp_path: Path) -> None:
