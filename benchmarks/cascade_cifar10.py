@@ -6,8 +6,9 @@ cascades, points of the calibration curve, and the comparison of eleven methods.
 repeated.
 
     python -m benchmarks.cascade_cifar10                       # quick: a fraction of the data, a few minutes
-    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10     # with --data 'parquet:DIR?size=16' 26
-                                                    # minutes on one core; not timed at 32 pixels
+    python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10
+
+With --data 'parquet:DIR?size=16' the full one took 26 minutes on one core, one training after the other.
 
 The last line is one JSON object. Target: within 0.3 points of the best network at 60 % or less of its multiply-adds.
 It judges one design, `JUDGED`, whatever the others reach on the test images. (It was chosen by the test images of

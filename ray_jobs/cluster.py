@@ -12,7 +12,7 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same in a worker and in the driver
 # A worker waits at a report until Ray Train's controller has asked for the one before: by default it asks every 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-# It only announces that a node will go, which no method listens to, and costs every run a process.
+# The preemption watcher costs every run a process, and only announces that a node will go: nothing here listens.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 import ray

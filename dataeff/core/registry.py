@@ -1,6 +1,6 @@
 """Methods by name. A method is imported only when it is asked for."""
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 from dataeff.core.config import nearest
 from dataeff.core.experiment import Experiment
@@ -33,6 +33,5 @@ def get_method(name: str) -> type[Experiment]:
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r} ({nearest(name, METHODS)})")
-    module, attribute = METHODS[name].split(":")
-    method: type[Experiment] = getattr(import_module(module), attribute)
+    method: type[Experiment] = resolve_name(METHODS[name])
     return method

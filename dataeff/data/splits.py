@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 
 import numpy as np
 
@@ -98,8 +98,7 @@ def open_splits(text: str) -> Splits:
     spec = parse_spec(text)
     if spec.kind not in _OPENERS:
         raise ValueError(f"'{text}' has classes of pixels, not of images: it is for segmentation methods")
-    module, opener = _OPENERS[spec.kind].split(":")
-    raw: RawData = getattr(import_module(module), opener)(spec)
+    raw: RawData = resolve_name(_OPENERS[spec.kind])(spec)
     _refuse_idle_fraction(spec, "val", raw.val is not None and spec.kind not in ("digits-easy-hard", "digit-pairs"))
     _refuse_idle_fraction(spec, "test", raw.test is not None)
     key = text_fingerprint(_FORMAT, raw.content)
