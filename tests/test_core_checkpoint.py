@@ -1,6 +1,8 @@
 """A checkpoint counts only when it is whole; a run's folder never mixes two runs."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -244,6 +246,30 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("text")
     with pytest.raises(FileExistsError, match="is not a run's folder"):
         begin(tmp_path / "run")
+
+
+HOLD = """
+import sys, time
+from dataeff.core.run import RunDirectory
+folder = RunDirectory(sys.argv[1], "walk", "digits", {"seed": 0, "stage": {"lr": 0.1}})
+folder.checkpoints.mkdir()
+print("at work", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_a_second_job_is_kept_out_of_a_folder_until_the_first_has_ended(
+    tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_run, "PATIENCE", 0.3)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"at work\n"
+        with pytest.raises(BlockingIOError, match="another job is at work in this folder.*stop it"):
+            begin(tmp_path / "run", **options)
+        assert (tmp_path / "run" / "checkpoints").is_dir(), "nothing of the first job is touched"
+        first.kill()
+    begin(tmp_path / "run", **options)
 
 
 def test_rows_with_different_keys_come_back_without_the_missing_ones(tmp_path: Path) -> None:

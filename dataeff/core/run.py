@@ -1,5 +1,6 @@
 """A run from beginning to end: the loop that every driver uses, the run directory, and `dataeff.train`."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,8 @@ from dataeff.core.runtime import Runtime
 
 Row = dict[str, float]
 
-SETTINGS, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.parquet"
+SETTINGS, SUMMARY, METRICS, LOCK = "config.yaml", "summary.json", "metrics.parquet", ".lock"
+PATIENCE = 10.0  # seconds for what a killed job left behind to end
 
 
 class RunState:
@@ -69,6 +71,8 @@ class RunState:
 class RunDirectory:
     """The folder that a job writes: settings, metrics, summary, figures, artifact and, when local, checkpoints.
 
+    One process at a time: it holds a lock as long as this object lives.
+
     Args:
         path: the folder; made when missing.
         method, data, config: what the run is; a folder that holds another run is never mixed with this one.
@@ -78,6 +82,7 @@ class RunDirectory:
     Raises:
         FileExistsError: the folder holds a run, or files that are not a run's.
         ValueError: `resume` with other settings than the run was begun with.
+        BlockingIOError: another process is at work in the folder.
     """
 
     def __init__(
@@ -92,24 +97,53 @@ class RunDirectory:
         self.path = Path(path)
         self.identity = {"method": method, "data": data, "config": json.loads(json.dumps(dict(config)))}
         settings = self.path / SETTINGS
-        if settings.is_file() and not self._is_unused():
-            if overwrite:
-                shutil.rmtree(self.path)
-            elif resume:
-                self._check_same(yaml.safe_load(settings.read_text(encoding="utf-8")))
-            else:
-                raise FileExistsError(
-                    f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
-                    "or choose another --out"
-                )
-        elif self.path.exists() and not self._is_unused():
+        used = self.path.exists() and not self._is_unused()
+        if used and not settings.is_file():
             raise FileExistsError(f"{self.path} exists and is not a run's folder; choose another --out")
+        if used and not (overwrite or resume):
+            raise FileExistsError(
+                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
+                "or choose another --out"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        if used and overwrite:
+            self._clear()
+        elif used:
+            self._check_same(yaml.safe_load(settings.read_text(encoding="utf-8")))
         replace_text(settings, yaml.safe_dump(self.identity, sort_keys=False))
+
+    def _take_lock(self) -> IO[str]:
+        """The open file that holds the lock; the system releases it however this process ends."""
+        lock = (self.path / LOCK).open("a")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.close()
+                    raise BlockingIOError(
+                        f"{self.path}: another job is at work in this folder; wait for its end, stop it, "
+                        "or choose another --out"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return lock
+            else:
+                return lock
+
+    def _clear(self) -> None:
+        for item in self.path.iterdir():
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            elif item.name != LOCK:
+                item.unlink()
 
     def _is_unused(self) -> bool:
         """Whether the folder holds nothing but settings: a job that was refused, or killed, before its first step."""
-        return self.path.is_dir() and {item.name for item in self.path.iterdir()} <= {SETTINGS, f"{SETTINGS}.part"}
+        before = {LOCK, SETTINGS, f"{SETTINGS}.part"}
+        return self.path.is_dir() and {item.name for item in self.path.iterdir()} <= before
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
         before, now = _flat(found), _flat(self.identity)
