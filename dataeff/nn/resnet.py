@@ -16,6 +16,7 @@ from dataeff.nn.pointwise import PointwiseConv2d
 Norm = Literal["batch", "group"]
 Shortcut = Literal["projection", "pool_pad"]
 Family = Literal["cifar", "imagenet"]
+Init = Literal["he", "uniform"]  # `init_weights`, or PyTorch's own
 
 CIFAR_DEPTHS = (38, 74, 110, 152)
 IMAGENET_LAYOUTS = {34: ("basic", (3, 4, 6, 3)), 50: ("bottleneck", (3, 4, 6, 3)), 101: ("bottleneck", (3, 4, 23, 3))}

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dataeff.core.config import Config
-from dataeff.nn.resnet import ResidualBlock, conv2d, init_weights
+from dataeff.nn.resnet import Init, ResidualBlock, conv2d, init_weights
 
 
 class EncoderConfig(Config):
@@ -31,11 +31,14 @@ class EncoderConfig(Config):
     )
     stem_maxpool: bool = Field(False, description="resnet18: max-pool 3/2 after the first convolution")
     dropout_p: float = Field(0.0, ge=0, lt=1, description="after the flatten; 0.5 for DBAL and 0 for everything else")
+    init: Init = Field("he", description="first weights of the convolutions; uniform: PyTorch's, for short trainings")
 
     def build(self, in_channels: int) -> "Encoder":
         """The network, freshly initialised from PyTorch's global generator."""
         width = self.width or {"conv3": 32, "resnet18": 64}[self.kind]
         trunk, features = _TRUNKS[self.kind](in_channels, width, self.stem_maxpool)
+        if self.init == "he":
+            init_weights(trunk)  # Kaiming, fan-out
         return Encoder(trunk, features, self.proj_dim or {"conv3": 32, "resnet18": 128}[self.kind], self.dropout_p)
 
 
@@ -125,9 +128,7 @@ def _resnet18(in_channels: int, width: int, stem_maxpool: bool) -> tuple[nn.Modu
 
 
 def _trunk(layers: list[nn.Module]) -> nn.Module:
-    trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    init_weights(trunk)  # convolutions: Kaiming, fan-out
-    return trunk
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 _TRUNKS = {"conv3": _conv3, "resnet18": _resnet18}

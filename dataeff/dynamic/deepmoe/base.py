@@ -18,7 +18,8 @@ from dataeff.data import Batch
 from dataeff.dynamic.deepmoe import analysis
 from dataeff.dynamic.deepmoe.losses import MuMode, adapted, deepmoe_loss, gate_warnings, ramped
 from dataeff.dynamic.deepmoe.model import EMBEDDING_WIDTHS, DeepMoE, GateInit, LatentActivation, MoEOutput
-from dataeff.dynamic.deepmoe.network import Block, GatedNetwork, Init
+from dataeff.dynamic.deepmoe.network import Block, GatedNetwork
+from dataeff.nn.resnet import Init
 from dataeff.supervised import StageConfig, SupervisedConfig, SupervisedExperiment
 
 ROUTER_SHARE = 0.04

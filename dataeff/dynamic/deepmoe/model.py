@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataeff.dynamic.deepmoe.network import Block, GatedNetwork, Init, build_network
-from dataeff.nn.resnet import conv2d_macs, init_weights
+from dataeff.dynamic.deepmoe.network import Block, GatedNetwork, build_network
+from dataeff.nn.resnet import Init, conv2d_macs, init_weights
 
 LatentActivation = Literal["softmax", "relu", "identity"]
 GateInit = Literal["ones", "kaiming"]

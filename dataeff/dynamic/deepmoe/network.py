@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataeff.nn.pointwise import PointwiseConv2d
-from dataeff.nn.resnet import conv2d_macs, init_weights
+from dataeff.nn.resnet import Init, conv2d_macs, init_weights
 
 Block = Literal["basic", "bottleneck_a", "bottleneck_b"]
-Init = Literal["he", "uniform"]
 # Number of a gated layer and the features it reads -> its gates (B, C), not negative; None lets all pass.
 GateOf = Callable[[int, Tensor], Tensor | None]
 
