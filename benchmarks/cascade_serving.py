@@ -7,7 +7,8 @@
 Without `--stages` both networks have random weights, and the threshold passes on the share of images in `--idk`: the
 speed does not depend on what the networks know. Every server may run `--workers` networks at once, each with one torch
 thread: replicas here, worker processes in LitServe, threads in FastAPI. Clients and servers share this machine. Rounds
-go through all servers in turn; medians are shown. The last line is JSON.
+go through all servers in turn; medians are shown. The other two servers are stopped while they are not asked, because
+LitServe's idle processes took a seventh of two cores (Ray's go on). The last line is JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -218,8 +220,8 @@ def litserve_server(folder: str, port: int, workers: int) -> None:
 
 
 @contextmanager
-def process(kind: str, accurate: str, workers: int) -> Iterator[str]:
-    """One of the two other servers in a process group of its own."""
+def process(kind: str, accurate: str, workers: int) -> Iterator[tuple[str, int]]:
+    """One of the two other servers in a process group of its own, stopped; its URL and the group."""
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.cascade_serving", "--server", kind, "--accurate", accurate]
     command += ["--workers", str(workers)]
@@ -237,13 +239,15 @@ def process(kind: str, accurate: str, workers: int) -> Iterator[str]:
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"{kind} did not start") from None
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/predict"
+        os.killpg(server.pid, signal.SIGSTOP)
+        yield f"http://127.0.0.1:{port}/predict", server.pid
     finally:
-        os.killpg(server.pid, 15)
+        os.killpg(server.pid, signal.SIGCONT)
+        os.killpg(server.pid, signal.SIGTERM)
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 # Measuring.
@@ -256,6 +260,18 @@ def measure(url: str, bodies: list[bytes], clients: int, seconds: float) -> tupl
     elapsed = time.perf_counter() - started
     p99 = float(np.percentile(result.latencies, 99)) * 1000
     return len(result.latencies) / elapsed, p99, sum(result.failures.values())
+
+
+def measure_stopped(
+    server: tuple[str, int], bodies: list[bytes], clients: int, seconds: float
+) -> tuple[float, float, int]:
+    """As `measure`, of a server that runs for this time only."""
+    url, group = server
+    os.killpg(group, signal.SIGCONT)
+    try:
+        return measure(url, bodies, clients, seconds)
+    finally:
+        os.killpg(group, signal.SIGSTOP)
 
 
 def offline(cascade: Cascade, accurate: Predictor, inputs: Tensor) -> float:
@@ -336,8 +352,8 @@ def run_all(
         servers = [
             ("cascade", partial(measure, urls["cascade"], bodies)),
             ("accurate", partial(measure, urls["accurate"], bodies)),
-            ("litserve", partial(measure, litserve, as_json)),
-            ("fastapi", partial(measure, fastapi, bodies)),
+            ("litserve", partial(measure_stopped, litserve, as_json)),
+            ("fastapi", partial(measure_stopped, fastapi, bodies)),
         ]
         for _, run in servers:
             run(16, 1.0)
