@@ -258,18 +258,21 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_second_job_is_kept_out_of_a_folder_until_the_first_has_ended(
     tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core_run, "PATIENCE", 0.3)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None and first.stdout.readline() == b"at work\n"
-        with pytest.raises(BlockingIOError, match="another job is at work in this folder.*stop it"):
-            begin(tmp_path / "run", **options)
-        assert (tmp_path / "run" / "checkpoints").is_dir(), "nothing of the first job is touched"
-        first.kill()
-    begin(tmp_path / "run", **options)
+        try:
+            assert first.stdout is not None and first.stdout.readline() == b"at work\n"
+            with pytest.raises(BlockingIOError, match="another job is at work in this folder.*stop it"):
+                begin(tmp_path / "run", **options)
+            assert (tmp_path / "run" / "checkpoints").is_dir(), "nothing of the first job is touched"
+        finally:
+            first.kill()
+    if options:
+        begin(tmp_path / "run", **options)
 
 
 def test_rows_with_different_keys_come_back_without_the_missing_ones(tmp_path: Path) -> None:

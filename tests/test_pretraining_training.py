@@ -513,3 +513,13 @@ def test_an_unfinished_pretraining_is_not_exported(tmp_path: Path) -> None:
     run.step()
     with pytest.raises(ValueError, match="the pretraining is not finished"):
         run.export(tmp_path / "artifact")
+
+
+def test_the_first_weights_are_he_s_or_pytorch_s_own() -> None:
+    for init, bound in (("he", False), ("uniform", True)):
+        torch.manual_seed(0)
+        weight = next(EncoderConfig(init=init).build(16).trunk.parameters())
+        assert bool(weight.abs().max() <= (16 * 9) ** -0.5) == bound, init
+        assert weight.std().item() == pytest.approx(
+            (2 / (32 * 9)) ** 0.5 if init == "he" else (3 * 16 * 9) ** -0.5, rel=0.1
+        )

@@ -97,16 +97,16 @@ class RunDirectory:
         self.path = Path(path)
         self.identity = {"method": method, "data": data, "config": json.loads(json.dumps(dict(config)))}
         settings = self.path / SETTINGS
-        used = self.path.exists() and not self._is_unused()
-        if used and not settings.is_file():
+        if self.path.exists() and not self._is_unused() and not settings.is_file():
             raise FileExistsError(f"{self.path} exists and is not a run's folder; choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        used = not self._is_unused()  # asked with the lock held: another job may just have ended here
         if used and not (overwrite or resume):
             raise FileExistsError(
                 f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
                 "or choose another --out"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
         if used and overwrite:
             self._clear()
         elif used:
