@@ -14,7 +14,7 @@ from dataeff.core.artifact import Card, save_artifact, versions
 from dataeff.core.config import ExperimentConfig, merge
 from dataeff.core.experiment import Experiment
 from dataeff.core.registry import METHODS
-from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, load_claims, plan, preset_at, spread
+from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, by_mean, load_claims, plan, preset_at, spread
 from ray_jobs.claims import skipnet as skipnet_claims
 from ray_jobs.claims.skipnet_figures import spearman
 from ray_jobs.cli import UserError
@@ -197,6 +197,20 @@ def test_a_figure_that_is_not_a_number_keeps_no_bound() -> None:
     claim = Claim("A", "", "", checks=(Check("x", at_least=-1.0),))
     assert Verdict(claim, {"x": [float("nan")]}).status == "does not hold"
     assert Verdict(claim, {"x": [0.0]}).status == "holds"
+
+
+def test_the_median_over_seeds_is_judged_or_the_mean_where_the_spec_says_so() -> None:
+    claim = Claim("A", "", "", checks=(Check("x", at_most=4.0),))
+    figures = {"x": [0.0, 4.1, 4.2]}
+    assert Verdict(claim, figures).status == "does not hold"
+    (averaged,) = by_mean([claim])
+    assert Verdict(averaged, figures).status == "holds"
+    assert Verdict(averaged, figures).reasons == ["x: mean 2.767, required at most 4, margin 1.23"]
+
+
+@pytest.mark.parametrize("method", ["active", "adaskips", "idk", "robustness"])
+def test_the_specs_of_these_methods_judge_means(method: str) -> None:
+    assert {claim.over_seeds for claim in load_claims(method, "cpu", None)} == {"mean"}
 
 
 def test_two_different_runs_of_one_name_are_refused() -> None:

@@ -8,10 +8,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dataeff.core.config import merge, nearest, read_yaml
 from dataeff.core.run import METRICS, SUMMARY, read_rows
@@ -129,7 +129,7 @@ class Arms:
 
 @dataclass(frozen=True)
 class Check:
-    """A bound that the median over seeds of a measured figure must keep; NaN keeps none."""
+    """A bound that a measured figure must keep over seeds; NaN keeps none."""
 
     figure: str
     at_least: float = -math.inf
@@ -142,13 +142,14 @@ class Check:
     def keeps(self, value: float) -> bool:
         return self.margin(value) >= 0
 
-    def sentence(self, value: float) -> str:
+    def sentence(self, value: float, over_seeds: str) -> str:
         bounds = [
             f"{words} {bound:g}"
             for words, bound in (("at least", self.at_least), ("at most", self.at_most))
             if math.isfinite(bound)
         ]
-        return f"{self.figure}: median {value:.4g}, required {' and '.join(bounds)}, margin {self.margin(value):.3g}"
+        required = " and ".join(bounds)
+        return f"{self.figure}: {over_seeds} {value:.4g}, required {required}, margin {self.margin(value):.3g}"
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class Claim:
         measure: figures of one seed, from the results of its runs by name.
         checks: all must be kept for the claim to hold; figures without a check are reported only.
         untestable: why this scale cannot decide the claim; its figures are reported all the same.
+        over_seeds: which figure over seeds is judged, as the method's spec says.
     """
 
     id: str
@@ -172,6 +174,7 @@ class Claim:
     measure: Callable[[Results], Mapping[str, float]] = lambda results: {}
     checks: tuple[Check, ...] = ()
     untestable: str = ""
+    over_seeds: Literal["median", "mean"] = "median"
 
 
 @dataclass
@@ -183,8 +186,10 @@ class Verdict:
     error: str = ""
 
     @property
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(values) for name, values in self.figures.items()}
+    def judged(self) -> dict[str, float]:
+        """The figures over seeds that the checks are about."""
+        average = statistics.fmean if self.claim.over_seeds == "mean" else statistics.median
+        return {name: float(average(values)) for name, values in self.figures.items()}
 
     @property
     def status(self) -> str:
@@ -192,7 +197,7 @@ class Verdict:
             return UNTESTABLE
         if self.error:
             return UNMEASURED
-        return HOLDS if all(check.keeps(self.medians[check.figure]) for check in self.claim.checks) else FAILS
+        return HOLDS if all(check.keeps(self.judged[check.figure]) for check in self.claim.checks) else FAILS
 
     @property
     def reasons(self) -> list[str]:
@@ -201,7 +206,7 @@ class Verdict:
             return [self.claim.untestable]
         if self.error:
             return [self.error]
-        return [check.sentence(self.medians[check.figure]) for check in self.claim.checks]
+        return [check.sentence(self.judged[check.figure], self.claim.over_seeds) for check in self.claim.checks]
 
     def to_dict(self, method: str) -> dict[str, Any]:
         return {
@@ -214,6 +219,11 @@ class Verdict:
             "measured": {name: spread(values) for name, values in self.figures.items()},
             "runs": [run.name for run in self.claim.runs],
         }
+
+
+def by_mean(claims: Iterable[Claim]) -> list[Claim]:
+    """The claims of a spec that judges means over seeds."""
+    return [replace(claim, over_seeds="mean") for claim in claims]
 
 
 def spread(values: list[float]) -> dict[str, Any]:

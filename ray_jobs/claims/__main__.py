@@ -278,7 +278,8 @@ def page(table: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>Published claims</title><style>{STYLE}</style></head><body>
 <h1>Published claims, measured here</h1>
 <p>Scale {table["scale"]}, {table["seeds"]} seed(s), test split: {", ".join(counts)}. Measured: mean &plusmn; standard
-deviation over seeds. A claim holds when every required bound is kept by the median over seeds.</p>
+deviation over seeds. A claim holds when every required bound is kept by the median over seeds, or by the mean where the
+method's spec says so.</p>
 <table><tr>{heads}</tr>
 {rows}
 </table><p>{html.escape(made)}</p></body></html>

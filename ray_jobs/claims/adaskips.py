@@ -6,7 +6,7 @@ from typing import Any
 from dataeff.core.config import merge, read_yaml
 from dataeff.dynamic.adaskips.hosts import HostName, build_host
 from dataeff.dynamic.adaskips.model import AdaSkipConfig, AdaSkipResNet
-from ray_jobs.claims import Check, Claim, Results, Run
+from ray_jobs.claims import Check, Claim, Results, Run, by_mean
 from ray_jobs.cli import CONFIGS
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -48,11 +48,11 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     preset = read_yaml(CONFIGS / "adaskips" / f"{scale}.yaml")
     if scale == "cpu":
         target = data or "digits?size=16&rate=53"
-        return _frozen_claims(Frozen(preset, scale, target)) + _cpu_only()
+        return by_mean(_frozen_claims(Frozen(preset, scale, target)) + _cpu_only())
     assert data is not None
     digits = "digits?size=32&channels=3"
     arms = Frozen({**preset, "source": data}, scale, digits)
-    return _frozen_claims(arms) + _gpu_only(arms, data, digits)
+    return by_mean(_frozen_claims(arms) + _gpu_only(arms, data, digits))
 
 
 class Frozen:

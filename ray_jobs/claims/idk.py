@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_jobs.claims import Check, Claim, Result, Results, Run, data_at
+from ray_jobs.claims import Check, Claim, Result, Results, Run, by_mean, data_at
 
 # Widths, depth and mini-batches of the three networks.
 NETWORKS: dict[str, dict[str, tuple[tuple[int, ...], int, int]]] = {
@@ -31,7 +31,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
     Raises:
         ValueError: scale "gpu" without data.
     """
-    return _claims(Cascades(scale, data_at(scale, data, DATA)), scale)
+    return by_mean(_claims(Cascades(scale, data_at(scale, data, DATA)), scale))
 
 
 class Cascades:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dataeff.core.config import merge
-from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, data_at, preset_at
+from ray_jobs.claims import Arms, Check, Claim, Result, Results, Run, by_mean, data_at, preset_at
 from ray_jobs.claims.robustness_published import table_claims
 
 HANDCRAFTED = ("resnet18", "resnet50", "densenet121", "densenet169", "vgg16_bn")
@@ -51,7 +51,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         return lambda results: {f"hand_before_nas_{name}": lead(name)(results) for name in names}
 
     versus = (*hand, *nas)
-    return [
+    found = [
         Claim(
             "1",
             "The best hand-crafted network has a higher HRS than the best NAS network on CIFAR-10",
@@ -227,6 +227,7 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         ),
         *table_claims(),
     ]
+    return by_mean(found)
 
 
 def _transfer(arms: Arms, attacked: Run, other: Run) -> Run:
