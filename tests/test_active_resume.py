@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dataeff.active.experiment import ActiveExperiment
 from dataeff.active.initial import _once
@@ -20,6 +18,7 @@ from dataeff.pretraining.training import PretextTrainer
 from tests.active_helpers import DATA, TINY, asked, experiment, finish, run
 from tests.ray_helpers import run as run_command
 from tests.ray_helpers import running, wait_until
+from tests.worker_helpers import on_two_workers
 
 CPU = Runtime("cpu")
 
@@ -157,18 +156,14 @@ def test_a_process_killed_while_vaal_trains_ends_like_an_undisturbed_one(tmp_pat
     assert records[0] == records[1]
 
 
-def one_of_two(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def asked_and_accuracy() -> tuple[list[list[int]], float]:
     found = run(pool="vae", cycles=0)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([asked(found), found.records[-1]["test_accuracy"]]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return asked(found), found.records[-1]["test_accuracy"]
 
 
 @pytest.mark.slow
-def test_two_workers_train_what_one_trains(tmp_path: Path) -> None:
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    alone = run(pool="vae", cycles=0)
-    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert both[0] == both[1] and both[0][0] == asked(alone)
-    assert both[0][1] == pytest.approx(alone.records[-1]["test_accuracy"], abs=0.05)
+def test_two_workers_train_what_one_trains() -> None:
+    both = on_two_workers(asked_and_accuracy)
+    images, accuracy = asked_and_accuracy()
+    assert both[0] == both[1] and both[0][0] == images
+    assert both[0][1] == pytest.approx(accuracy, abs=0.05)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import dataeff
@@ -17,6 +16,7 @@ from dataeff.dynamic.adaskips.experiment import PRETRAINING, TRANSFER, AdaSkipsC
 from dataeff.dynamic.adaskips.finetune import BiTuning
 from dataeff.dynamic.adaskips.predictor import AdaSkipsPredictor
 from tests.experiment_helpers import finish, same
+from tests.worker_helpers import on_two_workers
 
 DATA = "digits?size=16&rate=20"
 TINY: dict[str, Any] = {
@@ -253,31 +253,27 @@ def no_batch_statistics(experiment: AdaSkipsExperiment) -> None:
 TWO_WORKERS = {"mode": "finetune", "bi_tuning_queue": 3, "report_every": 4}
 
 
-def two_worker_run(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        for method in ("vanilla", "bi_tuning"):
-            experiment = make(finetune_method=method, **TWO_WORKERS)
-            no_batch_statistics(experiment)
-            finish(experiment)
-            if rank == 0:
-                states = [experiment.model.state_dict(), experiment.fine_tune.state_dict()]
-                torch.save(states, f"{folder}/{method}.pt")
-            del experiment  # its gradient buckets hold the group's threads
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+WORKED = ("vanilla", "bi_tuning")
+
+
+def trained_states(method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state of the network, and that of the method of fine-tuning."""
+    experiment = make(finetune_method=method, **TWO_WORKERS)
+    no_batch_statistics(experiment)
+    finish(experiment)
+    return experiment.model.state_dict(), experiment.fine_tune.state_dict()
+
+
+def all_trained_states() -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    return {method: trained_states(method) for method in WORKED}
 
 
 @pytest.mark.slow
-def test_two_workers_with_half_the_batch_take_the_steps_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(two_worker_run, (str(tmp_path),), nprocs=2)
-    for method in ("vanilla", "bi_tuning"):
-        theirs, their_method = torch.load(tmp_path / f"{method}.pt", weights_only=True)
-        alone = make(finetune_method=method, **TWO_WORKERS)
-        no_batch_statistics(alone)
-        finish(alone)
-        for name, value in alone.model.state_dict().items():
+def test_two_workers_with_half_the_batch_take_the_steps_of_one() -> None:
+    two = on_two_workers(all_trained_states)[0]
+    for method in WORKED:
+        (theirs, their_method), (model, fine_tune) = two[method], trained_states(method)
+        for name, value in model.items():
             torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
-        for name, value in alone.fine_tune.state_dict().items():
+        for name, value in fine_tune.items():
             torch.testing.assert_close(their_method[name], value, rtol=1e-3, atol=1e-4)

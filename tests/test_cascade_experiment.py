@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import dataeff
 from dataeff.cascades.idk.analysis import throughput
@@ -23,6 +21,7 @@ from dataeff.core.run import RunState
 from dataeff.core.runtime import Runtime
 from dataeff.data import Preprocess, eval_batches, open_splits
 from dataeff.data.scores import Scores, ScoreTable, write_scores
+from tests.worker_helpers import on_two_workers
 
 DATA = "digits?val=0.4"
 NETWORKS = {"small": ([2, 3, 4], 120), "large": ([6, 12, 16], 160)}
@@ -342,21 +341,17 @@ def test_the_throughput_of_a_cheap_model_is_higher() -> None:
     assert rates["small"] > rates["large"] > 0
 
 
-def _worker(rank: int, stages: list[str], folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _fit(stages: list[str], artifact: Path) -> dict[str, float]:
     config = parse_config(IdkConfig, {"stages": stages, "kind": "cost", "eps": 0.01, "steps": 100})
     found = IdkExperiment(config, DATA, Runtime("cpu"))
     row = found.step()
-    found.export(f"{folder}/artifact")
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(row))
-    dist.destroy_process_group()
+    found.export(artifact)
+    return row
 
 
 @pytest.mark.slow
 def test_two_workers_share_the_scoring_and_fit_what_one_fits(runs: Path, tmp_path: Path) -> None:
-    mp.spawn(_worker, (artifacts(runs), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    rows = on_two_workers(_fit, artifacts(runs), tmp_path / "artifact")
     assert rows[0] == rows[1]
     alone = experiment(runs, kind="cost", steps=100)
     assert alone.step() == pytest.approx(rows[0], abs=1e-6)

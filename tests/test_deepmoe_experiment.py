@@ -1,14 +1,13 @@
 """DeepMoE's experiment: stages, arms, resuming, workers, warnings, artifacts and figures, on the embedded digits."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 import dataeff
@@ -19,6 +18,7 @@ from dataeff.dynamic.deepmoe import analysis
 from dataeff.dynamic.deepmoe.experiment import DeepMoEConfig, DeepMoEExperiment
 from dataeff.dynamic.deepmoe.model import DeepMoE
 from tests.experiment_helpers import assert_resumes_at_any_step, finish
+from tests.worker_helpers import on_two_workers
 
 TINY: dict[str, Any] = {
     "arch": "vgg6",
@@ -182,49 +182,29 @@ def test_a_checkpoint_of_another_network_is_refused_before_loading(changes: dict
         make().load_state_dict(make(**changes).state_dict())
 
 
-def _one_of_two(rank: int, folder: str, changes: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    experiment = make(**changes)
-    experiment.step()
-    if rank == 0:
-        torch.save(experiment.model.state_dict(), f"{folder}/weights")
-    dist.destroy_process_group()
-
-
-def gradient_step(experiment: DeepMoEExperiment) -> dict[str, Tensor]:
-    experiment.step()
+def gradient_step(changes: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights after a step without batch statistics, which are each worker's own: norms in evaluation mode."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeepMoEExperiment, "train_mode", lambda self, stage: self.model.eval())
+        experiment = make(**changes)
+        experiment.step()
     return experiment.model.state_dict()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["deepmoe", "noisy_topk"])
-def test_two_workers_take_the_same_gradient_step_as_one(
-    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Batch statistics are each worker's own, so the step is compared without them: norms in evaluation mode.
+def test_two_workers_take_the_same_gradient_step_as_one(arm: str) -> None:
     changes = {"arm": arm, "report_every": 1, "joint": {"iterations": 1}, "finetune": {"iterations": 0}}
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_without_batch_statistics, args=(r, str(tmp_path), changes)) for r in (0, 1)]
-    for worker in workers:
-        worker.start()
-    monkeypatch.setattr(DeepMoEExperiment, "train_mode", lambda self, stage: self.model.eval())
-    one = gradient_step(make(**changes))
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    two = torch.load(tmp_path / "weights", weights_only=True)
+    with ThreadPoolExecutor() as pool:
+        workers = pool.submit(on_two_workers, gradient_step, changes)
+        one = gradient_step(changes)
+        two = workers.result()[0]
     start = make(**changes).model.state_dict()
     moved = 0
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
         moved += not torch.equal(value, start[name])
     assert moved > 10
-
-
-def _without_batch_statistics(rank: int, folder: str, changes: dict[str, Any]) -> None:
-    DeepMoEExperiment.train_mode = lambda self, stage: self.model.eval()  # type: ignore[method-assign, assignment, return-value]
-    _one_of_two(rank, folder, changes)
 
 
 def test_swapping_embeddings_shows_whose_gates_an_image_needs() -> None:

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 import dataeff
 from dataeff.core.config import merge, parse_config, read_yaml
@@ -20,6 +18,7 @@ from dataeff.dynamic.deepmoe.segmentation import SegmentationConfig, Segmentatio
 from ray_jobs.cli import CONFIGS, check_data
 from tests.experiment_helpers import assert_resumes_at_any_step, finish
 from tests.test_deepmoe_segmentation_data import masks, write
+from tests.worker_helpers import on_two_workers
 
 TINY: dict[str, Any] = {
     "arch": "drn10",
@@ -191,27 +190,23 @@ ONE_STEP: dict[str, Any] = {
 }
 
 
-def one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def gradient_step() -> tuple[dict[str, torch.Tensor], float]:
     SegmentationExperiment.train_mode = evaluation_mode  # type: ignore[method-assign]
     experiment = make("shapes?size=16", **ONE_STEP)
     row = experiment.step()
-    torch.save((experiment.model.state_dict(), row["val_miou"]), f"{folder}/rank{rank}")
-    dist.destroy_process_group()
+    return experiment.model.state_dict(), row["val_miou"]
 
 
 @pytest.mark.slow
-def test_two_workers_take_the_same_gradient_step_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_take_the_same_gradient_step_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # Shapes leave more pixels on borders, which do not count, in one half of the batch than in the other.
-    multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    two = on_two_workers(gradient_step)
     monkeypatch.undo()  # the workers have all images of the splits
     monkeypatch.setattr(SegmentationExperiment, "train_mode", evaluation_mode)
     one = make("shapes?size=16", **ONE_STEP)
     start = {name: value.clone() for name, value in one.model.state_dict().items()}
     row = one.step()
-    for rank in (0, 1):
-        state, miou = torch.load(tmp_path / f"rank{rank}", weights_only=True)
+    for state, miou in two:
         for name, value in one.model.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6, msg=name)
         assert miou == pytest.approx(row["val_miou"], rel=1e-5)

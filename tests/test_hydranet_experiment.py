@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import dataeff
@@ -21,6 +19,7 @@ from dataeff.dynamic.hydranet.model import HydraNet
 from ray_jobs.claims import HOLDS, Verdict, load_claims, plan
 from ray_jobs.cli import CONFIGS
 from tests.experiment_helpers import finish, same
+from tests.worker_helpers import on_two_workers
 
 TINY: dict[str, Any] = {
     "base": "mini",
@@ -240,14 +239,6 @@ def gradient_step(changes: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     return {name: value.clone() for name, value in experiment.model.state_dict().items()}, row
 
 
-def worker(rank: int, folder: str, changes: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    state, row = gradient_step(changes)
-    torch.save((state, row), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -264,11 +255,9 @@ def worker(rank: int, folder: str, changes: dict[str, Any]) -> None:
     ],
     ids=["cluster", "learn_balance"],
 )
-def test_two_workers_with_half_the_batch_take_the_steps_of_one(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_two_workers_with_half_the_batch_take_the_steps_of_one(changes: dict[str, Any]) -> None:
     alone, row = gradient_step(changes)
-    mp.spawn(worker, (str(tmp_path), changes), nprocs=2)
-    for rank in (0, 1):
-        state, other = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+    for state, other in on_two_workers(gradient_step, changes):
         for name, value in alone.items():
             torch.testing.assert_close(
                 state[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import dataeff
 from dataeff.core.config import merge, parse_config
@@ -19,6 +17,7 @@ from dataeff.nas.differentiable import DifferentiableSearch
 from dataeff.nas.experiment_search import NasSearchConfig, NasSearchExperiment
 from dataeff.nas.experiment_train import NasTrainConfig, NasTrainExperiment
 from dataeff.nas.genotype import GENOTYPES, Genotype
+from tests.worker_helpers import on_two_workers
 
 TINY: dict[str, Any] = {
     "arm": "pcp_darts", "init_channels": 8, "phases": [[3, 8], [4, 5], [5, 3]], "phase_epochs": 2,
@@ -288,13 +287,8 @@ def test_a_network_is_trained_from_a_name_a_mapping_or_by_chance() -> None:
 WORKERS: dict[str, dict[str, Any]] = {"supervised": {}, "mixed": {"ss_factor": 0.5}, "none": {"ss_factor": 1.0}}
 
 
-def _search(rank: int, world: int, address: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    try:
-        torch.save({name: _searched(changes) for name, changes in WORKERS.items()}, f"{out}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _search_all() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: _searched(changes) for name, changes in WORKERS.items()}
 
 
 def _searched(changes: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -316,9 +310,8 @@ def _searched(changes: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_workers_with_half_the_batch_each_search_like_one(tmp_path: Path) -> None:
-    mp.spawn(_search, (2, f"file://{tmp_path / 'store'}", str(tmp_path / "state")), nprocs=2)
-    first, second = (torch.load(tmp_path / f"state-{rank}.pt") for rank in (0, 1))
+def test_two_workers_with_half_the_batch_each_search_like_one() -> None:
+    first, second = on_two_workers(_search_all)
     for name, changes in WORKERS.items():
         one = _searched(changes)
         assert equal(first[name], second[name])

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import dataeff
@@ -38,6 +36,7 @@ from dataeff.pretraining.settings import (
 )
 from dataeff.pretraining.task import Clusterer, PretextTask
 from dataeff.pretraining.vae import VAE
+from tests.worker_helpers import on_two_workers
 
 ENCODER = EncoderConfig(width=4, proj_dim=6)
 SMALL: dict[str, Any] = {"epochs": 3, "batch": 16}
@@ -171,16 +170,11 @@ def test_a_checkpoint_of_another_pretraining_is_refused(change: str, pool: Tenso
         fit_pretext(config, images, 4 if change == "seed" else 3, checkpoint=tmp_path)
 
 
-def _work(rank: int, world: int, address: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    try:
-        run = experiment()
-        rows = [run.step() for _ in range(run.total_steps)]
-        reported = {"rows": rows, "test": run.evaluate("test")}
-        torch.save({**{name: _weights(name) for name in WORKED}, **reported}, f"{out}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _work() -> dict[str, Any]:
+    run = experiment()
+    rows = [run.step() for _ in range(run.total_steps)]
+    reported = {"rows": rows, "test": run.evaluate("test")}
+    return {**{name: _weights(name) for name in WORKED}, **reported}
 
 
 # Rounding grows from step to step, so that few steps are compared. A cluster of DeepCluster can flip by rounding.
@@ -197,9 +191,8 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_two_workers_with_half_the_batch_each_train_like_one(tmp_path: Path) -> None:
-    mp.spawn(_work, (2, f"file://{tmp_path / 'store'}", str(tmp_path / "state")), nprocs=2)
-    first, second = (torch.load(tmp_path / f"state-{rank}.pt") for rank in (0, 1))
+def test_two_workers_with_half_the_batch_each_train_like_one() -> None:
+    first, second = on_two_workers(_work)
     assert first["rows"] == second["rows"] and first["test"] == second["test"]
     assert first["rows"][-1]["val_loss"] > 0
     for name in WORKED:

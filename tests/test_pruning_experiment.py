@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import dataeff
@@ -19,6 +17,7 @@ from dataeff.data import open_splits
 from dataeff.nn.backbone import backbone_macs, residual_blocks
 from dataeff.supervised import SupervisedExperiment
 from tests.experiment_helpers import finish, same
+from tests.worker_helpers import on_two_workers
 
 STAGE = {"iterations": 6, "batch": 16, "lr": 0.05}
 COMMON: dict[str, Any] = {"depth": 14, "widths": [4, 8, 16], "augment": "shift", "report_every": 3, "train": STAGE}
@@ -169,13 +168,8 @@ def test_full_macs_are_those_of_the_base_network() -> None:
 WORKED = ("act", "sact", "lccl shared", "pruning thinet", "pruning sss")
 
 
-def _train_all(rank: int, world: int, address: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    try:
-        torch.save({case: _trained_state(case) for case in WORKED}, f"{out}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _train_all() -> dict[str, dict[str, Tensor]]:
+    return {case: _trained_state(case) for case in WORKED}
 
 
 def _trained_state(case: str) -> dict[str, Tensor]:
@@ -199,9 +193,8 @@ def _trained_state(case: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_two_workers_with_half_the_batch_each_take_the_steps_of_one(tmp_path: Path) -> None:
-    mp.spawn(_train_all, (2, f"file://{tmp_path / 'store'}", str(tmp_path / "state")), nprocs=2)
-    first, second = (torch.load(tmp_path / f"state-{rank}.pt") for rank in (0, 1))
+def test_two_workers_with_half_the_batch_each_take_the_steps_of_one() -> None:
+    first, second = on_two_workers(_train_all)
     for case in WORKED:
         assert same(first[case], second[case])
         one = _trained_state(case)

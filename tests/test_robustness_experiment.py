@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from optuna.trial import TrialState
 
 import dataeff
@@ -27,6 +25,7 @@ from dataeff.nas.zoo import MODEL_ZOO
 from ray_jobs.claims import load_claims, plan
 from ray_jobs.cli import read_settings
 from ray_jobs.sweep import SWEEPS, StudySearch, Sweep, distributions, read_sweep, searching_study
+from tests.worker_helpers import on_two_workers
 
 DATA = "digits?labels=64"
 TINY: dict[str, Any] = {
@@ -208,32 +207,22 @@ class Steady(RobustnessExperiment):
         self.network.eval()
 
 
-def steady() -> Steady:
+def steady_run() -> tuple[list[dict[str, float]], dict[str, torch.Tensor], int]:
+    """The rows, the weights, and how many of the steps train."""
     changes = {"network": "ensemble", "drop_path": 0.3, "cutout": 2, "attacks": ["pgd"]}
-    return Steady(parse_config(RobustnessConfig, merge(TINY, changes)), DATA, Runtime("cpu"))
-
-
-def two_worker_run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    experiment = steady()
-    rows = finish(experiment)
-    if rank == 0:
-        save_checkpoint(folder, {"experiment": {**experiment.state_dict(), "rows": rows}})
-    dist.destroy_process_group()
+    experiment = Steady(parse_config(RobustnessConfig, merge(TINY, changes)), DATA, Runtime("cpu"))
+    return finish(experiment), experiment.model.state_dict(), experiment.training_steps
 
 
 @pytest.mark.slow
-def test_two_workers_with_half_the_batch_each_train_members_and_combiner_like_one(tmp_path: Path) -> None:
-    mp.spawn(two_worker_run, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    two = load_checkpoint(tmp_path)["experiment"]
-    one = steady()
-    rows = finish(one)
-    for name, value in one.model.state_dict().items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
-    for row, other in zip(rows[: one.training_steps], two["rows"], strict=False):
+def test_two_workers_with_half_the_batch_each_train_members_and_combiner_like_one() -> None:
+    their_rows, their_weights, _ = on_two_workers(steady_run)[0]
+    rows, weights, training_steps = steady_run()
+    for name, value in weights.items():
+        torch.testing.assert_close(their_weights[name], value, rtol=1e-4, atol=1e-5)
+    for row, other in zip(rows[:training_steps], their_rows, strict=False):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-    assert len(rows) == len(two["rows"]) and set(rows[-1]) == set(two["rows"][-1])
+    assert len(rows) == len(their_rows) and set(rows[-1]) == set(their_rows[-1])
 
 
 # --- the study's table and figures ------------------------------------------------------------------------------------
