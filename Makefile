@@ -27,11 +27,11 @@ demo: $(READY)
 	$(BIN)/python -m ray_jobs.demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n 2 --durations=12
-	$(BIN)/python -m pytest -m alone --durations=12
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --no-loadscope-reorder --durations=12
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray -n 2 --dist loadgroup --no-loadscope-reorder --durations=12
 
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ray" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

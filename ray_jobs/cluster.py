@@ -29,7 +29,9 @@ def free_port() -> int:
 
 
 def connect() -> None:
-    """Join the cluster of RAY_ADDRESS, or one that runs on this machine, or start a local one.
+    """Join the cluster of RAY_ADDRESS, or one that runs on this machine, or start one that ends with this process.
+
+    The latter has no dashboard, which would take several processes; `ray start --head` has one.
 
     Raises:
         UserError: the cluster does not answer or refuses the token.
@@ -37,7 +39,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "local")
         detail = " ".join(str(error).split())[:300]

@@ -16,9 +16,7 @@ from dataeff.core.run import RunState, newest_checkpoint, save_step
 from dataeff.core.runtime import Runtime
 from dataeff.pretraining.training import PretextTrainer
 from tests.active_helpers import DATA, TINY, asked, experiment, finish, run
-from tests.ray_helpers import run as run_command
-from tests.ray_helpers import running, wait_until
-from tests.worker_helpers import on_two_workers
+from tests.worker_helpers import on_two_workers, training
 
 CPU = Runtime("cpu")
 
@@ -135,23 +133,20 @@ def test_what_is_pending_survives_a_checkpoint_before_the_first_cycle() -> None:
 
 # --- processes of their own -----------------------------------------------------------------------------------------
 
-VAAL = merge(TINY, {"query": "vaal", "vaal": {"epochs": 60}})
-TRAIN = """
-import json, sys, dataeff
-dataeff.train("active", sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), resume=True)
-"""
+VAAL = merge(TINY, {"query": "vaal", "vaal": {"epochs": 15}})
 
 
 @pytest.mark.slow
 def test_a_process_killed_while_vaal_trains_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    def command(name: str) -> list[str]:
-        return ["-c", TRAIN, DATA, str(tmp_path / name), json.dumps(VAAL)]
-
-    with running(command("killed")) as process:
-        wait_until(lambda: (tmp_path / "killed" / "checkpoints" / "step-000001").is_dir(), process)
-        process.kill()  # the first cycle is saved; the second trains VAAL for most of its time
-    run_command(command("killed")).finish()
-    run_command(command("undisturbed")).finish()
+    with training("active", DATA, tmp_path / "killed", VAAL) as killed:
+        killed.wait_for_step(1)
+        killed.kill()  # the first cycle is saved; the second trains VAAL for most of its time
+    with (
+        training("active", DATA, tmp_path / "killed", VAAL) as resumed,
+        training("active", DATA, tmp_path / "undisturbed", VAAL) as undisturbed,
+    ):
+        resumed.finish()
+        undisturbed.finish()
     records = [json.loads((tmp_path / name / "active.json").read_text()) for name in ("killed", "undisturbed")]
     assert records[0] == records[1]
 

@@ -50,11 +50,10 @@ def test_the_shipped_sweep_searches_settings_that_exist() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_cascade_is_as_accurate_as_the_accurate_model_at_lower_cost(tmp_path: Path) -> None:
-    """I1 in this process, median of three seeds."""
+    """I1 in this process, one seed; test_cascade_digits.py has the orderings over several."""
     chosen = claim("I1")
-    for seed in range(3):
-        for run in plan([chosen]):
-            job = Job("idk", run, seed, tmp_path / "idk" / f"{run.name}-seed{seed}")
-            train_job(job.trains, run.data, job.folder, job.settings(), "cpu")
-    verdict = judge(chosen, tmp_path / "idk", 3, {})
+    for run in plan([chosen]):
+        job = Job("idk", run, 0, tmp_path / "idk" / f"{run.name}-seed0")
+        train_job(job.trains, run.data, job.folder, job.settings(), "cpu")
+    verdict = judge(chosen, tmp_path / "idk", 1, {})
     assert verdict.status == HOLDS, verdict.reasons

@@ -242,7 +242,7 @@ def test_a_scale_without_a_preset_is_named() -> None:
         preset_at("skipnet", "huge")
 
 
-@pytest.mark.alone
+@pytest.mark.ray
 def test_skipnets_cheapest_claims_run_on_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import ray
 

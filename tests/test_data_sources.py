@@ -14,6 +14,7 @@ from PIL import Image
 from dataeff.data import BadImageError, absolute_spec, open_splits
 from dataeff.data import decode as decode_module
 from dataeff.data import sources as sources_module
+from dataeff.data.embedded import DIGITS
 from dataeff.data.spec import parse_spec
 
 CIFAR = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
@@ -129,6 +130,22 @@ def test_an_absolute_spec_keeps_the_options_and_resolves_the_folders(
 
 
 # Embedded sets
+
+
+def test_the_stored_digits_and_cuts_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    made = {"images": digits.images, "labels": digits.target}
+    for size, names in ((0.3, ("train", "test")), (597, ("pairs_train", "pairs_test"))):
+        rows = np.arange(len(digits.target))
+        sides = train_test_split(rows, test_size=size, stratify=digits.target, random_state=0)
+        made |= dict(zip(names, sides, strict=True))
+    with np.load(DIGITS) as stored:
+        assert stored.keys() == made.keys()
+        for name, values in made.items():
+            np.testing.assert_array_equal(stored[name], values)
 
 
 def test_digits_are_split_70_30_whatever_the_seed() -> None:

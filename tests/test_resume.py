@@ -1,6 +1,5 @@
 """A run that is killed anywhere and resumed ends with the numbers of the undisturbed run, bit for bit."""
 
-import json
 import random
 import time
 from pathlib import Path
@@ -25,14 +24,11 @@ from tests.ray_helpers import (
     wait_until,
     without_seconds,
 )
+from tests.worker_helpers import training
 
-LOCAL = """
-import json, sys, dataeff
-dataeff.train(sys.argv[3], "digits", sys.argv[1], json.loads(sys.argv[2]), resume=True)
-"""
 # Two phases of a search, the second long enough to be killed in; then a short training of what was found.
 SEARCH = {
-    "arm": "pcp_darts", "init_channels": 8, "phases": [[3, 8], [4, 4]], "skip_dropout": [0.0, 0.3], "phase_epochs": 8,
+    "arm": "pcp_darts", "init_channels": 8, "phases": [[3, 8], [4, 4]], "skip_dropout": [0.0, 0.3], "phase_epochs": 5,
     "phase_arch_start": 1, "layers": 3, "search_images": 64, "batch": 16, "arch_lr": 0.05, "augment": "shift",
     "train": {"cells": 3, "channels": 4, "report_every": 2, "stage": {"iterations": 4, "batch": 16}},
 }  # fmt: skip
@@ -44,21 +40,18 @@ def moments(generator: random.Random, count: int) -> list[int]:
     return first + [STAGE_STEPS + step for step in sorted(generator.sample(range(1, STAGE_STEPS - 4), count))]
 
 
-def local_step(out: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("step-*")), default=0)
-
-
 @pytest.mark.slow
 def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     generator = seeded("local kills")
-    arguments = ["-c", LOCAL, str(tmp_path / "killed"), json.dumps(TINY), "skipnet"]
-    with running(["-c", LOCAL, str(tmp_path / "undisturbed"), *arguments[3:]]) as undisturbed:
+    killed = ("skipnet", "digits", tmp_path / "killed", TINY)
+    with training("skipnet", "digits", tmp_path / "undisturbed", TINY) as undisturbed:
         for step in moments(generator, 2):
-            with running(arguments) as command:
-                wait_until(lambda step=step: local_step(tmp_path / "killed") >= step, command)
-                command.kill()
-                assert local_step(tmp_path / "killed") < 2 * STAGE_STEPS
-        run(arguments).finish()
+            with training(*killed) as run_to_kill:
+                run_to_kill.wait_for_step(step)
+                run_to_kill.kill()
+                assert run_to_kill.newest_step() < 2 * STAGE_STEPS
+        with training(*killed) as resumed:
+            resumed.finish()
         undisturbed.finish()
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 
@@ -66,14 +59,14 @@ def test_a_local_run_killed_in_both_stages_ends_like_the_undisturbed_one(tmp_pat
 @pytest.mark.slow
 def test_a_search_killed_in_its_second_phase_finds_the_same_architecture(tmp_path: Path) -> None:
     generator = seeded("search kills")
-    settings = [json.dumps(SEARCH), "nas_search"]
-    with running(["-c", LOCAL, str(tmp_path / "undisturbed"), *settings]) as undisturbed:
-        step = generator.randrange(9, 14)
-        with running(["-c", LOCAL, str(tmp_path / "killed"), *settings]) as command:
-            wait_until(lambda: local_step(tmp_path / "killed") >= step, command)
-            command.kill()
-        assert local_step(tmp_path / "killed") < 16, "killed after the search had ended"
-        run(["-c", LOCAL, str(tmp_path / "killed"), *settings]).finish()
+    killed = ("nas_search", "digits", tmp_path / "killed", SEARCH)
+    with training("nas_search", "digits", tmp_path / "undisturbed", SEARCH) as undisturbed:
+        with training(*killed) as run_to_kill:
+            run_to_kill.wait_for_step(generator.randrange(6, 9))
+            run_to_kill.kill()
+            assert run_to_kill.newest_step() < 10, "killed after the search had ended"
+        with training(*killed) as resumed:
+            resumed.finish()
         undisturbed.finish()
     found, expected = (read_yaml(tmp_path / name / "artifact" / "config.yaml") for name in ("killed", "undisturbed"))
     assert found["genotype"] == expected["genotype"]
@@ -96,7 +89,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.alone
+@pytest.mark.ray
+@pytest.mark.xdist_group("resume")
 def test_a_driver_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed: Path, tmp_path: Path) -> None:
     generator = seeded("driver kills")
     out = tmp_path / "run"
@@ -123,7 +117,8 @@ def assert_nothing_stays(command: Command) -> None:
     assert not names, f"Ray processes outlive their killed driver: {names}"
 
 
-@pytest.mark.alone
+@pytest.mark.ray
+@pytest.mark.xdist_group("resume")
 def test_a_killed_worker_and_a_lost_node_are_replaced_without_changing_the_numbers(
     undisturbed: Path, tmp_path: Path
 ) -> None:

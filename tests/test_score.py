@@ -44,7 +44,7 @@ def assert_answers(path: Path, artifact: Path) -> None:
     assert table.about["full_macs"] == predictor.card.cost["full_macs"]
 
 
-@pytest.mark.alone
+@pytest.mark.ray
 def test_a_killed_job_goes_on_and_the_table_holds_the_networks_answers(artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
     more = ("--part", "150", "--workers", "1")

@@ -15,7 +15,7 @@ from ray_jobs.cli import run_command
 from ray_jobs.train import main
 from tests.ray_helpers import TINY, Command, run, running, sets, train_arguments, without_seconds
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("train")]
 
 # One step a mini-batch; without batch statistics, which would depend on how a batch is split.
 CURVE = TINY | {
@@ -63,11 +63,10 @@ def test_a_run_leaves_its_summary_metrics_artifact_curves_and_events(two_workers
     assert len(predictor.card.classes) == 10
 
 
-def test_a_finished_run_is_not_trained_again(two_workers: Path) -> None:
+def test_a_finished_run_is_not_trained_again(two_workers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (two_workers / "summary.json").stat().st_mtime_ns
-    again = run(train_arguments(two_workers, 2, "--resume", settings=CURVE))
-    again.finish()
-    assert "complete" in again.stdout
+    main(train_arguments(two_workers, 2, "--resume", settings=CURVE)[2:])
+    assert "complete" in capsys.readouterr().out and not ray.is_initialized()
     assert (two_workers / "summary.json").stat().st_mtime_ns == before
 
 

@@ -1,25 +1,30 @@
-"""The data sets that need no files: scikit-learn's handwritten digits, plain and with a known difficulty."""
+"""The data sets that need no files of the user's: handwritten digits, plain and with a known difficulty.
+
+`digits.npz` holds the Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, UCI Machine Learning Repository,
+CC BY 4.0) as scikit-learn's `load_digits` gives them, and two of its stratified cuts: importing scikit-learn for them
+would cost every process of a job seconds. tests/test_data_sources.py makes the same arrays with scikit-learn.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from dataeff.data.sources import ArrayStore, RawData, RawSplit
 from dataeff.data.spec import DataSpec
 from dataeff.data.subsets import IntArray, stratified_split
 
 CLASSES = tuple(str(digit) for digit in range(10))
+DIGITS = Path(__file__).with_name("digits.npz")
 
 
 def open_digits(spec: DataSpec) -> RawData:
     """`digits`: 1,797 real 8x8 digits, uint8 0..255, 70 % train and 30 % test, stratified, always the same cut."""
-    (train_images, train_labels), (test_images, test_labels) = _original_sides()
+    (train_images, train_labels), (test_images, test_labels) = _sides("train", "test")
     train = RawSplit(array_store(to_uint8(train_images), "digits train"), train_labels)
     test = RawSplit(array_store(to_uint8(test_images), "digits test"), test_labels)
     return RawData(CLASSES, train, None, test, content_of(train, test))
@@ -34,7 +39,7 @@ def open_digits_easy_hard(spec: DataSpec) -> RawData:
     The validation images (`val` times 3,000) are drawn from originals cut off the training side first, so that no
     original is in both.
     """
-    (images, labels), test_side = _original_sides()
+    (images, labels), test_side = _sides("train", "test")
     rest, cut = stratified_split(labels, spec.val, spec.seed)
     train = _easy_hard(images[rest], labels[rest], 3000, "digits-easy-hard train", (spec.seed, 0))
     test = _easy_hard(*test_side, 1000, "digits-easy-hard test", (spec.seed, 1))
@@ -51,11 +56,7 @@ def open_digit_pairs(spec: DataSpec) -> RawData:
     0..255, so that noise is clipped beyond three deviations only. `seed` draws pairs and noise. The validation pairs
     (`val` times 12,000) are drawn from originals cut off the training side first.
     """
-    digits = load_digits()
-    labels = digits.target.astype(np.int64)
-    images, test_images, labels, test_labels = train_test_split(
-        digits.images / 16.0, labels, test_size=597, stratify=labels, random_state=0
-    )
+    (images, labels), (test_images, test_labels) = _sides("pairs_train", "pairs_test")
     rest, cut = stratified_split(labels, spec.val, spec.seed)
     train = _pairs(images[rest], labels[rest], 12_000, "digit-pairs train", (spec.seed, 0))
     test = _pairs(test_images, test_labels, 3_000, "digit-pairs test", (spec.seed, 1))
@@ -75,13 +76,12 @@ def _pairs(images: NDArray[np.float64], labels: IntArray, count: int, name: str,
 Side = tuple[NDArray[np.float64], IntArray]
 
 
-def _original_sides() -> tuple[Side, Side]:
-    """((images, labels), (images, labels)) for train and test; images float64 [N, 8, 8] in 0..1."""
-    digits = load_digits()
-    parts = train_test_split(
-        digits.images / 16.0, digits.target.astype(np.int64), test_size=0.3, stratify=digits.target, random_state=0
-    )
-    return (parts[0], parts[2]), (parts[1], parts[3])
+def _sides(train: str, test: str) -> tuple[Side, Side]:
+    """((images, labels), (images, labels)) of two of the stored cuts' sides; images float64 [N, 8, 8] in 0..1."""
+    with np.load(DIGITS) as stored:
+        images, labels = stored["images"] / 16.0, stored["labels"].astype(np.int64)
+        rows, test_rows = stored[train], stored[test]
+    return (images[rows], labels[rows]), (images[test_rows], labels[test_rows])
 
 
 def _easy_hard(images: NDArray[np.float64], labels: IntArray, count: int, name: str, seed: tuple[int, int]) -> RawSplit:

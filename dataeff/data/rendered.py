@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +29,20 @@ def open_letters(spec: DataSpec) -> RawData:
     Each image is drawn on its own: font, rotation within 15 degrees, shift within 1.5 pixels, Gaussian noise of
     standard deviation 0.1 (of the 0..1 range). 60 training and 30 test images a class; `seed` draws them.
     """
-    return _open(spec, "letters", tuple(string.ascii_uppercase))
+    return _draw_all(spec.seed, "letters", tuple(string.ascii_uppercase))
 
 
 def open_rendered_digits(spec: DataSpec) -> RawData:
     """`rendered-digits`: the ten digits, drawn like `letters`; a domain beside the handwritten ones of `digits`."""
-    return _open(spec, "rendered-digits", tuple(string.digits))
+    return _draw_all(spec.seed, "rendered-digits", tuple(string.digits))
 
 
-def _open(spec: DataSpec, name: str, characters: tuple[str, ...]) -> RawData:
+@lru_cache(4)  # drawing takes a second, and a sweep opens its data for every trial
+def _draw_all(seed: int, name: str, characters: tuple[str, ...]) -> RawData:
     splits = {}
     for number, (split, per_class) in enumerate(PER_CLASS.items()):
         labels = np.repeat(np.arange(len(characters), dtype=np.int64), per_class)
-        rng = np.random.default_rng((spec.seed, number))
+        rng = np.random.default_rng((seed, number))
         images = np.stack([_draw(characters[label], rng) for label in labels])
         splits[split] = RawSplit(array_store(to_uint8(images), f"{name} {split}"), labels)
     train, test = splits["train"], splits["test"]

@@ -25,7 +25,7 @@ from dataeff.data.subsets import longtail_subset, stratified_split, stratified_s
 
 _FORMAT = 1  # part of every key: raise it when decoding or resizing changes pixels
 
-# Modules are imported when their data is asked for: scikit-learn, matplotlib and torchvision take seconds.
+# Modules are imported when their data is asked for: matplotlib and torchvision take seconds.
 _OPENERS: dict[str, str] = {
     "digits": "dataeff.data.embedded:open_digits",
     "digits-easy-hard": "dataeff.data.embedded:open_digits_easy_hard",
