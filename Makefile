@@ -28,7 +28,7 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --no-loadscope-reorder --durations=12
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray -n 2 --dist loadgroup --no-loadscope-reorder --durations=12
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray $$(grep -l mark.ray tests/test_*.py) -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ray" -n 2 --dist loadfile

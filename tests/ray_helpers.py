@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import secrets
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 from safetensors.torch import load_file
 
 from dataeff.core.run import METRICS, read_rows
@@ -54,6 +56,16 @@ def train_arguments(out: Path, workers: int, *more: str, settings: dict[str, Any
     """A training job whose numbers do not depend on the machine's number of cores."""
     fixed = ["--data", "digits", "--out", str(out), "--workers", str(workers), "--cpus-per-worker", "1"]
     return ["-m", "ray_jobs.train", "skipnet", *fixed, *sets(settings), *more]
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[str]:
+    """Ray with two CPUs in this process, until the block ends; the value is its address."""
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        yield ray.init(address="local", num_cpus=2, **options).address_info["gcs_address"]
+    finally:
+        ray.shutdown()
 
 
 class Command:

@@ -18,6 +18,7 @@ from ray_jobs.claims import CLAIMS, Check, Claim, Run, Verdict, by_mean, load_cl
 from ray_jobs.claims import skipnet as skipnet_claims
 from ray_jobs.claims.skipnet_figures import spearman
 from ray_jobs.cli import UserError
+from tests.ray_helpers import local_ray
 
 TRAINED: list[str] = []
 
@@ -244,18 +245,13 @@ def test_a_scale_without_a_preset_is_named() -> None:
 
 @pytest.mark.ray
 def test_skipnets_cheapest_claims_run_on_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ray
-
     preset_at = skipnet_claims.preset_at
     tiny = {"depth": 8, "report_every": 2, "stage1": {"iterations": 4, "batch": 16}}
     monkeypatch.setattr(skipnet_claims, "preset_at", lambda *names: merge(preset_at(*names), tiny))
     chosen = [claim for claim in load_claims("skipnet", "cpu", None) if claim.id in ("S2", "S4")]
     monkeypatch.setattr(command, "load_claims", lambda method, scale, data: chosen)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
+    with local_ray():
         rows = {row["id"]: row for row in command.main(["skipnet", "--seeds", "1", "--out", str(tmp_path / "out")])}
-    finally:
-        ray.shutdown()
     assert rows["S4"]["verdict"] == "holds"
     assert 0 <= rows["S2"]["measured"]["ff_skipped_share"]["mean"] <= 1
     assert rows["S2"]["verdict"] in ("holds", "does not hold")

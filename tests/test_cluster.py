@@ -377,7 +377,6 @@ TRAIN = ("python", "-m", "ray_jobs.train")
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("cluster")
 def test_a_submitted_job_trains_on_a_cluster_that_asks_for_a_token(cluster: LocalCluster, tmp_path: Path) -> None:
     settings = [
         "depth=8", "widths=[4,8,16]", "report_every=2", "augment=none", "stage1.iterations=4", "stage1.batch=16",
@@ -393,7 +392,6 @@ def test_a_submitted_job_trains_on_a_cluster_that_asks_for_a_token(cluster: Loca
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("cluster")
 def test_a_users_mistake_in_a_submitted_job_is_one_line_in_its_log(cluster: LocalCluster, tmp_path: Path) -> None:
     done = cluster.submit(*TRAIN, "skipnt", "--data", "digits", "--out", str(tmp_path / "run"))
     log = done.stdout + done.stderr
@@ -403,7 +401,6 @@ def test_a_users_mistake_in_a_submitted_job_is_one_line_in_its_log(cluster: Loca
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("cluster")
 def test_another_token_is_refused_and_runs_nothing(cluster: LocalCluster, tmp_path: Path) -> None:
     other, mark = tmp_path / "other", tmp_path / "mark"
     other.write_text("guessed")

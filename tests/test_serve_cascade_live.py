@@ -18,7 +18,7 @@ from serve.versions import Version
 from tests.serve_fakes import FakePredictor, encoded, fake_cascade, picture
 from tests.serve_fuzz import run
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("cascade")]
+pytestmark = pytest.mark.ray
 
 LAYOUTS = ("colocated", "distributed")
 

@@ -23,7 +23,7 @@ from tests.test_serve_labelling import IMAGES, folder, rows_of
 
 __all__ = ["folder"]  # the fixture
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("serve")]
+pytestmark = pytest.mark.ray
 
 PNG = {"Content-Type": "image/png"}
 INFER = "/v2/models/fake/infer"

@@ -3,19 +3,18 @@
 import json
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import ray
 
 import dataeff
 from dataeff.core.run import RunDirectory
 from ray_jobs.cli import run_command
 from ray_jobs.train import main
-from tests.ray_helpers import TINY, Command, run, running, sets, train_arguments, without_seconds
+from tests.ray_helpers import TINY, local_ray, run, sets, train_arguments, without_seconds
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.ray
 
 # One step a mini-batch; without batch statistics, which would depend on how a batch is split.
 CURVE = TINY | {
@@ -28,12 +27,18 @@ CURVE = TINY | {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def cluster() -> Iterator[str]:
+    """Ray in this process; the value is its address."""
+    with local_ray() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Finished runs on one worker and on two."""
     outs = {workers: tmp_path_factory.mktemp("runs") / str(workers) for workers in (1, 2)}
-    with running(train_arguments(outs[1], 1, settings=CURVE)) as other:
-        run(train_arguments(outs[2], 2, settings=CURVE)).finish()
-        other.finish()
+    for workers, out in outs.items():
+        main(train_arguments(out, workers, settings=CURVE)[2:])
     return outs
 
 
@@ -66,26 +71,32 @@ def test_a_run_leaves_its_summary_metrics_artifact_curves_and_events(two_workers
 def test_a_finished_run_is_not_trained_again(two_workers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (two_workers / "summary.json").stat().st_mtime_ns
     main(train_arguments(two_workers, 2, "--resume", settings=CURVE)[2:])
-    assert "complete" in capsys.readouterr().out and not ray.is_initialized()
+    assert "complete" in capsys.readouterr().out
     assert (two_workers / "summary.json").stat().st_mtime_ns == before
-
-
-def check_one_line(command: Command, *parts: str) -> None:
-    """The command ended with status 2 and one line on stderr that has all `parts`."""
-    lines = command.stderr.splitlines()
-    assert command.process.returncode == 2, (command.process.returncode, command.stderr[-2000:])
-    assert len(lines) == 1 and lines[0].startswith("error: "), command.stderr[-2000:]
-    for part in parts:
-        assert part in lines[0], lines[0]
 
 
 def skipnet(out: Path, *more: str, data: str = "digits", method: str = "skipnet") -> list[str]:
     return [method, "--data", data, "--out", str(out), *sets(TINY), *more]
 
 
+def check_one_line(status: object, errors: str, parts: Sequence[str]) -> None:
+    """Exit status 2, and one line on stderr that has all `parts`."""
+    lines = errors.splitlines()
+    assert status == 2, (status, errors[-2000:])
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors[-2000:]
+    assert [part for part in parts if part not in lines[0]] == [], lines[0]
+
+
+def check_mistake(arguments: list[str], parts: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        run_command(lambda: main(arguments))
+    check_one_line(status.value.code, capsys.readouterr().err, parts)
+
+
 def test_mistakes_that_need_no_cluster_end_in_one_line_without_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ray_jobs.train.connect", lambda: pytest.fail("a cluster is asked"))
     out = tmp_path / "run"
     other = tmp_path / "other"
     other.mkdir()
@@ -110,14 +121,8 @@ def test_mistakes_that_need_no_cluster_end_in_one_line_without_one(
         "out below a file": (skipnet(file / "run"), (str(file),)),
         "storage below a file": (skipnet(out, "--storage", str(file / "store")), (str(file), "cannot be written")),
     }
-    for name, (arguments, parts) in mistakes.items():
-        with pytest.raises(SystemExit) as status:
-            run_command(lambda arguments=arguments: main(arguments))
-        lines = capsys.readouterr().err.splitlines()
-        assert status.value.code == 2, name
-        assert len(lines) == 1 and lines[0].startswith("error: "), (name, lines)
-        assert [part for part in parts if part not in lines[0]] == [], (name, lines[0])
-        assert not ray.is_initialized(), name
+    for arguments, parts in mistakes.values():
+        check_mistake(arguments, parts, capsys)
     assert not out.exists(), "a mistake leaves no run behind"
 
 
@@ -126,17 +131,15 @@ def test_a_file_size_limit_ends_in_one_line(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))  # the settings do not fit, the line on stderr does
 
     command = run(["-m", "ray_jobs.train", *skipnet(tmp_path / "run")], preexec_fn=limit)
-    check_one_line(command, "config.yaml", "choose another --out")
+    check_one_line(command.process.returncode, command.stderr, ("config.yaml", "choose another --out"))
     assert RunDirectory(tmp_path / "run", "skipnet", "digits", {}), "the folder can be used once there is room"
 
 
-def test_resources_that_the_cluster_lacks_end_in_one_line(tmp_path: Path) -> None:
-    check_one_line(
-        run(["-m", "ray_jobs.train", *skipnet(tmp_path / "run", "--workers", "64", "--gpus", "64")]),
-        "64 CPUs asked for",
-        "64 GPUs asked for",
-        "--workers",
-    )
+def test_resources_that_the_cluster_lacks_end_in_one_line(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ("64 CPUs asked for", "64 GPUs asked for", "--workers")
+    check_mistake(skipnet(tmp_path / "run", "--workers", "64", "--gpus", "64"), parts, capsys)
 
 
 @pytest.fixture
@@ -151,8 +154,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_disk_that_fills_up_with_checkpoints_ends_in_one_line(small_disk: Path, tmp_path: Path) -> None:
-    command = run(train_arguments(tmp_path / "run", 1, "--storage", str(small_disk), "--max-failures", "0"))
+def test_a_disk_that_fills_up_with_checkpoints_ends_in_one_line(cluster: str, small_disk: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(tmp_path / "run", 1, "--storage", str(small_disk), "--max-failures", "0")
+    command = run(arguments, {"RAY_ADDRESS": cluster})
     assert command.process.returncode == 2, command.stderr[-2000:]
     assert "Traceback" not in command.stderr
     last = command.stderr.splitlines()[-1]

@@ -1,6 +1,7 @@
 """Sweeps: what a file may say, a study that survives its process, the chosen trial, and whole searches on Ray Tune."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dataeff.core.config import Choice
 from ray_jobs import tune
 from ray_jobs.sweep import StudySearch, Sweep, distributions, read_sweep, searching_study
 from ray_jobs.tune import _scheduler, _settings, choose, parse_arguments, write_front
-from tests.ray_helpers import TINY, run, running, wait_until
+from tests.ray_helpers import TINY, local_ray, run, running, wait_until
 
 TWO = {"val_accuracy": "maximize", "val_macs": "minimize"}
 SPACE = {"alpha": FloatDistribution(0.0, 4.0)}
@@ -284,8 +285,15 @@ def test_a_sweep_trains_its_own_references_unless_one_is_given(
     assert (trained, list(front["references"])) == (([], ["reference"]) if given else (["base"], ["base"]))
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray in this process."""
+    with local_ray():
+        yield
+
+
 @pytest.mark.ray
-def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(cluster: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = sweep_file(
         tmp_path / "sweep.yaml",
@@ -308,7 +316,7 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
     shared = (out / "shared" / "start_from" / "summary.json").stat().st_mtime_ns
     assert before and len(before) < 4
 
-    run(tune_arguments(file, out, "--resume")).finish()
+    tune.main(tune_arguments(file, out, "--resume")[2:])
     after = finished_trials(out)
     assert sorted(after) == ["0000", "0001", "0002", "0003"]
     assert {name: after[name] for name in before} == before, "a finished trial was trained again"
@@ -323,7 +331,7 @@ def test_a_killed_sweep_resumes_without_losing_or_repeating_a_trial(tmp_path: Pa
 
 
 @pytest.mark.ray
-def test_asha_stops_poor_trials_of_a_single_objective(tmp_path: Path) -> None:
+def test_asha_stops_poor_trials_of_a_single_objective(cluster: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = sweep_file(
         tmp_path / "sweep.yaml",
@@ -334,7 +342,7 @@ def test_asha_stops_poor_trials_of_a_single_objective(tmp_path: Path) -> None:
         space={"stage1.lr": {"low": 0.0001, "high": 0.2, "log": True}},
         trials=4,
     )
-    run(tune_arguments(file, out)).finish()
+    tune.main(tune_arguments(file, out)[2:])
     front = json.loads((out / "front.json").read_text())
     states = [trial["state"] for trial in front["trials"]]
     assert len(states) == 4 and set(states) <= {"complete", "pruned"} and "complete" in states
@@ -343,10 +351,10 @@ def test_asha_stops_poor_trials_of_a_single_objective(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_trial_can_be_a_ray_train_run_of_its_own(tmp_path: Path) -> None:
+def test_a_trial_can_be_a_ray_train_run_of_its_own(cluster: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = sweep_file(tmp_path / "sweep.yaml", trial="ray_train", sampler="random", set=TINY_TRIAL, trials=1)
-    run(tune_arguments(file, out)).finish()
+    tune.main(tune_arguments(file, out)[2:])
     front = json.loads((out / "front.json").read_text())
     assert [trial["state"] for trial in front["trials"]] == ["complete"]
     assert sorted(finished_trials(out)) == ["0000"]
