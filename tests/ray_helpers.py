@@ -81,8 +81,6 @@ class Command:
             "RAY_ADDRESS": "local",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
-            # How long Ray's agents look for a head that is gone before they end; 60 seconds by default.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         } | (variables or {})
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the command
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
