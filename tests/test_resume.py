@@ -100,8 +100,10 @@ def test_a_driver_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed: 
         assert not (out / "summary.json").exists()
     run(train_arguments(out, 2, "--resume")).finish()
     assert_same_run(out, undisturbed)
-    names = [process.name() for process in wait_for_end(left, timeout=90)]
-    assert not names, f"Ray processes outlive their killed driver: {names}"
+    outliving = wait_for_end(left, timeout=90)
+    for process in outliving:
+        process.kill()
+    assert not outliving, f"Ray processes outlive their killed driver: {outliving}"
 
 
 @pytest.mark.ray
