@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor, load, read_artifact
 from dataeff.core.config import parse_config
+from dataeff.core.runtime import keep_freed_memory
 from dataeff.data.labelling import read_manifest
 from dataeff.nn.cascade import CascadePrediction, Walk
 from serve.batching import Batcher, Part, whole
@@ -152,6 +153,7 @@ class Server(ABC):
         self.options = options
         self.threads = max(1, int(options.num_cpus))
         torch.set_num_threads(self.threads)
+        keep_freed_memory()
 
         self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.versions = Versions(options.name, self.load_version, options.timeout_s)
@@ -277,6 +279,7 @@ class LabellingServer:
         self.options = options
         self.threads = max(1, int(options.num_cpus))
         torch.set_num_threads(self.threads)
+        keep_freed_memory()
         self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.predictor = load(options.artifact, options.device) if options.artifact else None
 

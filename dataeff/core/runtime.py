@@ -1,5 +1,7 @@
 """Where an experiment runs. A method touches devices, processes, precision and compilation only through a Runtime."""
 
+import ctypes
+import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
@@ -13,6 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from dataeff.core.config import Config
 
 T = TypeVar("T")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to a GiB of the memory that tensors freed (glibc; elsewhere nothing is done).
+
+    glibc gives it back at once, and the kernel clears every page of it before the next tensor has it again: 259 instead
+    of 182 ms for a forward pass of 64 images through a ResNet-110, a quarter of the time of training on some machines.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_TRIM_THRESHOLD, 2**30)
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it accepts
 
 
 class RuntimeConfig(Config):
@@ -42,6 +58,7 @@ class Runtime:
             raise ValueError(
                 f"device {device}: no GPU is visible to PyTorch here; leave the GPU option out to run on the CPU"
             )
+        keep_freed_memory()
         self.options = options or RuntimeConfig()
         compiler = shutil.which("g++") or shutil.which("clang++")
         if self.options.compile and self.device.type == "cpu" and not compiler:
