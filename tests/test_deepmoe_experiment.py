@@ -121,6 +121,12 @@ def test_lambda_moves_towards_the_target_share_once_an_epoch() -> None:
     epoch = len(experiment.splits.train) // 16
     finish(experiment)
     assert experiment.lam == pytest.approx(0.01 * 1.1 ** (160 // epoch)) and 160 // epoch >= 2
+    # While lambda is ramped every channel is on, which says nothing about lambda.
+    ramped = make(
+        target_share=0.01, joint={"iterations": 160, "batch": 16}, finetune={"iterations": 0}, lam=0.01, lam_ramp=0.5
+    )
+    finish(ramped)
+    assert ramped.lam == pytest.approx(0.01 * 1.1 ** (160 // epoch - 80 // epoch))
 
 
 def test_the_report_counts_channels_over_the_split() -> None:

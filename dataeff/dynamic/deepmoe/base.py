@@ -167,13 +167,18 @@ class GatedExperiment(SupervisedExperiment):
         self.share_count += 1
 
     def after_update(self, stage: int, iteration: int) -> None:
-        """Adapt lambda after every epoch of the joint stage (spec section 2.5)."""
+        """Adapt lambda after every epoch of the joint stage (spec section 2.5).
+
+        Not while lambda is still ramped: all channels are on then whatever lambda will be, and raised for that it would
+        close far more of them than asked for, which never open again.
+        """
         config = self.config
         epoch = max(1, len(self.splits.train) // config.joint.batch)
         if stage or config.target_share is None or not self.adapts() or (iteration + 1) % epoch:
             return
-        share = torch.tensor(self.share_sum / self.share_count, device=self.runtime.device)
-        self.lam = adapted(self.lam, float(self.mean_over_workers(share)), config.target_share)
+        if iteration >= config.lam_ramp * config.joint.iterations:
+            share = torch.tensor(self.share_sum / self.share_count, device=self.runtime.device)
+            self.lam = adapted(self.lam, float(self.mean_over_workers(share)), config.target_share)
         self.share_sum, self.share_count = 0.0, 0
 
     def extra_metrics(self) -> dict[str, float]:
