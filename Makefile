@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: help setup demo test test-fast lint bench claims clean
 
 help:
-	@echo "make demo       the main job on embedded data: train, search, serve, report (3 to 4 minutes)"
+	@echo "make demo       the main job on embedded data: train, search, serve, report (2 to 4 minutes)"
 	@echo "make test       all tests"
 	@echo "make test-fast  the inner loop (under 3 minutes)"
 	@echo "make bench      every measurement in benchmarks/"
