@@ -1,12 +1,14 @@
 """Does skipping blocks save time? SkipNet with real skipping against dense networks of the same depth, on the CPU.
 
-The dense baseline has the same folded norms, fused operators and memory format as SkipNet, so that only skipping and
-its own costs (gates, gathering) make the difference. "ordinary" contestants have folded norms too, but PyTorch's
-public operators (convolution, addition, ReLU one after the other). Decisions are forced, at random per image and
-block; the gates run all the same. All contestants take turns in every repeat; ratios are medians of the ratios within
-a repeat.
+Two dense networks, both with folded norms and in the same memory format as SkipNet. "dense folded" has PyTorch's public
+operators (convolution, addition, ReLU one after the other): what one has without this library, and the baseline of the
+first table. "dense fused" has the operators that SkipNet's blocks run with here, so that only skipping and its own
+costs (gates, gathering) make the difference: the second table, and `..._to_fused` in the JSON. "skip 50 % unfused" is
+SkipNet with PyTorch's operators. Decisions are forced, at random per image and block; the gates run all the same. All
+contestants take turns in every repeat; ratios are medians of the ratios within a repeat. `--keep-memory` measures as
+training and serving run, see `keep_freed_memory`.
 
-    python -m benchmarks.skipnet_speed [--quick]
+    python -m benchmarks.skipnet_speed [--quick] [--keep-memory]
 
 Prints a table; the last line is one JSON object. Targets: ratio_share50_batch64 <= 0.55, ratio_share50_batch1 <= 0.65,
 ratio_share100_batch64 <= 1.06.
@@ -22,13 +24,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Contestant, measure, ratios, show
+from dataeff.core.runtime import keep_freed_memory
 from dataeff.dynamic.skipnet.inference import SkipNetInference
 from dataeff.dynamic.skipnet.model import SkipNet, build_skipnet
 from dataeff.nn.fold import FoldedResNet
 
 SHARES = (25, 50, 75, 100)
 BATCHES = (1, 64)
-BASELINE, ORDINARY = "dense folded", "dense ordinary"
+BASELINE, FUSED = "dense folded", "dense fused"
 
 
 def contestants(model: SkipNet, batch: int) -> dict[str, Contestant]:
@@ -36,19 +39,22 @@ def contestants(model: SkipNet, batch: int) -> dict[str, Contestant]:
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, 3, 32, 32, generator=generator)
     draws = torch.rand(batch, model.num_gates, generator=generator)
-    dense, skipping = FoldedResNet(model.backbone), SkipNetInference(model)
-    runs: dict[str, Contestant] = {BASELINE: lambda: dense(x), "dense plain": lambda: model.backbone(x)}
+    fused, skipping = FoldedResNet(model.backbone), SkipNetInference(model)
+    with mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False):  # read by fold_conv
+        folded, unfused = FoldedResNet(model.backbone), SkipNetInference(model)
 
     def skip(share: int) -> Contestant:
         forced = executed(draws, share)
         return lambda: skipping(x, forced=forced)
 
+    runs: dict[str, Contestant] = {
+        BASELINE: lambda: folded(x),
+        FUSED: lambda: fused(x),
+        "dense plain": lambda: model.backbone(x),
+    }
     runs |= {f"skip {share} %": skip(share) for share in SHARES}
-    with mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False):  # read by fold_conv
-        ordinary_dense, ordinary_skipping = FoldedResNet(model.backbone), SkipNetInference(model)
     half = executed(draws, 50)
-    runs[ORDINARY] = lambda: ordinary_dense(x)
-    runs["skip 50 % ordinary"] = lambda: ordinary_skipping(x, forced=half)
+    runs["skip 50 % unfused"] = lambda: unfused(x, forced=half)
     # Masked execution costs the same at every share.
     runs["mask 50 %"] = lambda: model(x, mode="hard")
     return runs
@@ -88,7 +94,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="with batch 64; four times as many with batch 1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="depth 20 and 2 repeats, to see that it runs")
+    parser.add_argument("--keep-memory", action="store_true", help="let the C library keep freed memory")
     arguments = parser.parse_args()
+    if arguments.keep_memory:
+        keep_freed_memory()
     if arguments.quick:
         arguments.depth, arguments.repeats = 20, 2
     torch.set_num_threads(arguments.threads)
@@ -98,6 +107,7 @@ def main() -> None:
         "depth": arguments.depth,
         "gate": arguments.gate,
         "threads": arguments.threads,
+        "keep_memory": arguments.keep_memory,
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
         "max_abs_difference": largest_difference(model),
@@ -110,15 +120,16 @@ def main() -> None:
             results[f"ratio_{_key(name)}_batch{batch}"] = round(ratio, 4)
             results[f"ratio_of_minima_{_key(name)}_batch{batch}"] = round(min(seconds) / min(times[BASELINE]), 4)
             results[f"ms_{_key(name)}_batch{batch}"] = round(statistics.median(seconds) * 1e3, 3)
-        for name in ("skip 50 %", "skip 50 % ordinary"):
-            ratio = statistics.median(ratios(times, name, ORDINARY))
-            print(f"{name}, to {ORDINARY}: {ratio:.3f}")
-            results[f"ratio_{_key(name)}_batch{batch}_to_ordinary"] = round(ratio, 4)
+        print(f"\nthe same against {FUSED!r}")
+        for name in (f"skip {share} %" for share in SHARES):
+            ratio = statistics.median(ratios(times, name, FUSED))
+            print(f"{name:40}{ratio:30.3f}")
+            results[f"ratio_{_key(name)}_batch{batch}_to_fused"] = round(ratio, 4)
     print(json.dumps(results))
 
 
 def _key(name: str) -> str:
-    """ "skip 50 % ordinary" -> "share50_ordinary", "mask 50 %" -> "mask_share50"."""
+    """ "skip 50 % unfused" -> "share50_unfused", "mask 50 %" -> "mask_share50"."""
     kind, share, *rest = name.replace(" %", "").split()
     if kind == "dense":
         return f"dense_{share}"
