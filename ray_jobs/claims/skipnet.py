@@ -67,7 +67,7 @@ class SkipNetArms(Arms):
 
 def _cpu_claims(arms: SkipNetArms) -> list[Claim]:
     """Section 8.1. Runs that are compared see the same number of mini-batches: 400 in stage 1 (all from-scratch arms
-    that are set against HRL+SP: 800 = 400 + 400), 400 (FFGate-II) or 900 (RNNGate) in stage 2."""
+    that are set against HRL+SP: 800 = 400 + 400), 400 (FFGate-II) or 1200 (RNNGate) in stage 2."""
     both_stages = {"stage1": {"iterations": 800}}
     base = arms.run("base", arm="base", gate="none")
     sp = arms.run("sp_ff", arm="sp")
@@ -76,7 +76,7 @@ def _cpu_claims(arms: SkipNetArms) -> list[Claim]:
     sp_rnn = arms.run("sp_rnn", arm="sp", gate="rnn", reward_baseline="batch_mean")
     hrl = arms.hrl("hrl_ff", sp, {"alpha": 1.5})
     alphas = {
-        alpha: arms.hrl(f"hrl_rnn_alpha{alpha:g}", sp_rnn, {"alpha": alpha, "stage2": _stage2(arms, iterations=900)})
+        alpha: arms.hrl(f"hrl_rnn_alpha{alpha:g}", sp_rnn, {"alpha": alpha, "stage2": _stage2(arms, iterations=1200)})
         for alpha in (0.0, 0.7, 1.5)
     }
     gentle = {"alpha": 4.0, "rl_weight": 0.3, "stage2": _stage2(arms, iterations=200, lr=0.01)}
