@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import ray
@@ -82,8 +82,8 @@ class Command:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         } | (variables or {})
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the command
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the command
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             env=os.environ | environment,
@@ -95,13 +95,11 @@ class Command:
 
     @property
     def stderr(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()
+        return _written_so_far(self.errors)
 
     @property
     def stdout(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+        return _written_so_far(self.log)
 
     def family(self) -> list[psutil.Process]:
         """The command's process and all that descend from it now."""
@@ -131,6 +129,11 @@ class Command:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+
+
+def _written_so_far(file: IO[bytes]) -> str:
+    """The text of `file`. Its position is the writing command's too, and must not move."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
 @contextlib.contextmanager
