@@ -8,8 +8,8 @@ Without `--stages` both networks have random weights, and the threshold passes o
 speed does not depend on what the networks know. Every server may run `--workers` networks at once, each with one torch
 thread: replicas here, worker processes in LitServe, threads in FastAPI. Clients and servers share this machine. Rounds
 go through all servers in turn; medians are shown. The gain that the cascade promises is measured without a server, in
-batches of as many images as there are clients. The other two servers are stopped while they are not asked, because
-LitServe's idle processes took a seventh of two cores (Ray's go on). The last line is JSON.
+batches of one network's share of the clients, as no more can wait for it. The other two servers are stopped while they
+are not asked, because LitServe's idle processes took a seventh of two cores (Ray's go on). The last line is JSON.
 """
 
 import argparse
@@ -279,7 +279,7 @@ def offline(cascade: Cascade, accurate: Predictor, inputs: Tensor, batch: int) -
     """Time of the accurate network over that of the cascade, without a server: the gain that is promised.
 
     Args:
-        batch: images at a time: of so many clients, no more can wait together.
+        batch: images at a time.
     """
 
     def seconds(predictor: Predictor) -> float:
@@ -336,8 +336,8 @@ def compare(arguments: argparse.Namespace) -> None:
         thresholds = str(float(unsure.quantile(1 - arguments.idk)))
     cascade = cascade_of(Version(stages=tuple(stages), thresholds=tuple(float(part) for part in thresholds.split(","))))
     ratio = float(cascade.predict(inputs).macs.mean()) / network.card.cost["full_macs"]
-    promised = {clients: offline(cascade, network, inputs, clients) for clients in CLIENTS}
-    shares = ", ".join(f"{1 / gain:.3f} in batches of {batch}" for batch, gain in promised.items())
+    promised = {clients: offline(cascade, network, inputs, -(-clients // arguments.workers)) for clients in CLIENTS}
+    shares = ", ".join(f"{1 / gain:.3f} at {clients} clients" for clients, gain in promised.items())
     print(f"cascade: {ratio:.3f} of the accurate network's multiply-adds; of its time {shares}")
     found = run_all(arguments, bodies, stages, thresholds)
     report(found, promised, ratio)

@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from dataeff.core.artifact import Embedder, load, read_artifact
 from dataeff.core.run import replace_text
-from dataeff.core.runtime import keep_freed_memory
+from dataeff.core.runtime import set_up_process
 from dataeff.data import Preprocess, Splits, absolute_spec, open_splits
 from dataeff.data.scores import Scores, score_schema
 from ray_jobs.cli import UserError, run_command
@@ -190,8 +190,7 @@ class Scorer:
     """One Ray Data actor: answers the images of a part at a time."""
 
     def __init__(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
-        keep_freed_memory()
+        set_up_process(job.threads)
         self.job = job
         self.splits = open_splits(job.data)
         self.predictor = load(job.artifact, job.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataeff.core.artifact import Prediction, Predictor, load, read_artifact
 from dataeff.core.config import parse_config
-from dataeff.core.runtime import keep_freed_memory
+from dataeff.core.runtime import set_up_process
 from dataeff.data.labelling import read_manifest
 from dataeff.nn.cascade import CascadePrediction, Walk
 from serve.batching import Batcher, Part, whole
@@ -152,8 +152,7 @@ class Server(ABC):
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.threads = max(1, int(options.num_cpus))
-        torch.set_num_threads(self.threads)
-        keep_freed_memory()
+        set_up_process(self.threads)
 
         self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.versions = Versions(options.name, self.load_version, options.timeout_s)
@@ -278,8 +277,7 @@ class LabellingServer:
     def __init__(self, options: LabellingOptions) -> None:
         self.options = options
         self.threads = max(1, int(options.num_cpus))
-        torch.set_num_threads(self.threads)
-        keep_freed_memory()
+        set_up_process(self.threads)
         self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.predictor = load(options.artifact, options.device) if options.artifact else None
 

@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from torch import Tensor
 
 from dataeff.core.artifact import Prediction
-from dataeff.core.runtime import keep_freed_memory
+from dataeff.core.runtime import set_up_process
 from dataeff.nn.cascade import CascadePrediction, Walk
 from serve.batching import Batcher, whole
 from serve.cascade import Cascade, Stage, record
@@ -35,8 +35,7 @@ class StageServer:
     """One replica of one stage: every version's network, batches over the requests of all routers."""
 
     def __init__(self, options: CascadeOptions, number: int, loader: Loader) -> None:
-        torch.set_num_threads(max(1, int(options.of_stage("stage_cpus", number, options.num_cpus))))
-        keep_freed_memory()
+        set_up_process(max(1, int(options.of_stage("stage_cpus", number, options.num_cpus))))
         self._number, self._loader, self._options = number, loader, options
         self._metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self._versions = Versions(f"stage {number + 1}", self._load_version, READY_TIMEOUT_S)

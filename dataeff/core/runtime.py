@@ -31,6 +31,12 @@ def keep_freed_memory() -> None:
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it accepts
 
 
+def set_up_process(threads: int) -> None:
+    """`threads` for PyTorch's operators, and `keep_freed_memory`: for a process of networks that has no `Runtime`."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 class RuntimeConfig(Config):
     """Options of the machine, not of the method: results differ by rounding only."""
 

