@@ -114,11 +114,15 @@ def _frozen_claims(made: Frozen) -> list[Claim]:
         figures: dict[str, float] = {}
         for depth, runs in (("shallow", shallow), ("deep", deep)):
             _, every, norm, random, best = runs
-            others = [run for run in runs if run is not random]
             figures |= {
                 f"hyper_over_all_skips_{depth}": gain(results, best, every),
                 f"hyper_over_bn_{depth}": gain(results, best, norm),
-                f"random_below_others_{depth}": min(gain(results, run, random) for run in others),
+            }
+            # One figure an arm: of means, as section 8 asks; the mean of each seed's smallest would be lower.
+            figures |= {
+                f"random_below_{name}_{depth}": gain(results, run, random)
+                for name, run in zip(ARMS, runs, strict=True)
+                if run is not random
             }
         return figures
 
@@ -163,7 +167,7 @@ def _frozen_claims(made: Frozen) -> list[Claim]:
                 for name, bound in (
                     ("hyper_over_all_skips", 0.0),
                     ("hyper_over_bn", 0.0),
-                    ("random_below_others", 0.2),
+                    *((f"random_below_{arm}", 0.2) for arm in ARMS if arm != "random"),
                 )
             ),
         ),
