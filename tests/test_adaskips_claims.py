@@ -63,10 +63,10 @@ def test_the_ablation_sweep_is_valid_and_its_trials_share_the_pretraining() -> N
 def test_a_claim_is_measured_from_runs_that_share_their_pretraining(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    read = adaskips_claims.read_yaml
+    preset_at = adaskips_claims.preset_at
     stage = {"iterations": 2, "batch": 16}
     tiny = {"widths": [4, 4, 8, 8], "report_every": 2, "pretraining": stage, "transfer": stage}
-    monkeypatch.setattr(adaskips_claims, "read_yaml", lambda path: merge(read(path), tiny))
+    monkeypatch.setattr(adaskips_claims, "preset_at", lambda method, scale: merge(preset_at(method, scale), tiny))
     (claim,) = [claim for claim in load_claims("adaskips", "cpu", None) if claim.id == "A7"]
     results: dict[str, Result] = {}
     for run in plan([claim]):

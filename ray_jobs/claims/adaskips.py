@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dataeff.core.config import merge, read_yaml
+from dataeff.core.config import merge
 from dataeff.dynamic.adaskips.hosts import HostName, build_host
 from dataeff.dynamic.adaskips.model import AdaSkipConfig, AdaSkipResNet
-from ray_jobs.claims import Check, Claim, Results, Run, by_mean
-from ray_jobs.cli import CONFIGS
+from ray_jobs.claims import Check, Claim, Results, Run, by_mean, preset_at
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"skips": "standard", "skip_weights": "ones", "module_bn": False},
@@ -20,8 +19,6 @@ DEPTHS: dict[str, dict[str, Any]] = {
     "cpu": {"shallow": [2, 2, 2, 2], "deep": [3, 4, 3, 2]},
     "gpu": {"shallow": "resnet18", "deep": "resnet34"},
 }
-# Section 8's 8 epochs: of 1,560 letters in mini-batches of 64, and of 600 digits in ones of 32 (it names no size).
-EPOCHS_8 = {"pretraining": {"iterations": 195}, "transfer": {"iterations": 150, "batch": 32}}
 RATES = (15, 30, 50, 100)
 COUNTS: dict[HostName, tuple[int, float]] = {
     "resnet18": (16_102_960, 2.53),
@@ -47,10 +44,10 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         raise ValueError(
             "--scale gpu needs the source, CIFAR-10: give --data parquet:DIR or torchvision:CIFAR10?root=DIR"
         )
-    preset = read_yaml(CONFIGS / "adaskips" / f"{scale}.yaml")
+    preset = preset_at("adaskips", scale)
     if scale == "cpu":
         target = data or "digits?size=16&rate=53"
-        return by_mean(_frozen_claims(Frozen(merge(preset, EPOCHS_8), scale, target)) + _cpu_only())
+        return by_mean(_frozen_claims(Frozen(preset, scale, target)) + _cpu_only())
     assert data is not None
     digits = "digits?size=32&channels=3"
     arms = Frozen({**preset, "source": data}, scale, digits)
