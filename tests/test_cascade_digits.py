@@ -1,5 +1,7 @@
-"""The orderings of spec idk_cascades section 8.1 on digits, over three seeds of networks and calibration draws."""
+"""The orderings of spec idk_cascades section 8.1 on digits, over seeds of networks and calibration draws: three, or the
+five of the spec with DATAEFF_TEST_SEEDS=5."""
 
+import os
 import warnings
 from functools import cache
 from typing import Any
@@ -16,7 +18,7 @@ from dataeff.cascades.idk.uncertainty import entropy
 from tests.cascade_helpers import COSTS, digits, fit_network, networks, tables
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-SEEDS = (0, 1, 2)
+SEEDS = tuple(range(int(os.environ.get("DATAEFF_TEST_SEEDS", "3"))))
 NEURAL = {"nn_hidden": (32, 32, 16, 16, 8, 8), "nn_steps": 120}
 
 
@@ -47,11 +49,11 @@ def test_the_models_differ_clearly() -> None:
 
 
 def test_1_the_idk_rate_falls_with_lambda_from_nearly_all_to_none() -> None:
-    """The spec asks for 0.95 without a cost. Where the accurate model errs on an image that the fast one is sure of,
-    the surest stay; with the networks trained here 0.92 are passed on."""
+    """The spec asks for 0.95 without a cost, as the mean of five seeds. Where the accurate model errs on an image that
+    the fast one is sure of, the surest stay: in the first seed a quarter of the images."""
     rates = [pair(kind="cost", cost_weight=weight)["rate"] for weight in (0.0, 0.02, 0.1, 0.2, 1.1)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[0] > 0.9 and rates[-1] == 0.0
+    assert rates[0] > (0.95 if len(SEEDS) >= 5 else 0.9) and rates[-1] == 0.0
 
 
 def test_2_at_equal_accuracy_entropy_and_cost_needs_hardly_more_idk_than_the_grid() -> None:
