@@ -1,6 +1,6 @@
 """What Ray Train and encoded images cost: training throughput against the same Experiment without them.
 
-    python -m benchmarks.overhead                 # a few minutes on an idle machine
+    python -m benchmarks.overhead                 # about ten minutes on an idle machine
     python -m benchmarks.overhead --quick         # one short repeat, to see that it works
 
 `ratio_ray_train`: samples per second of a Ray Train job with one worker / the same run through `dataeff.train`, from
