@@ -145,8 +145,7 @@ def plot_bubbles(rows: Sequence[Row], path: Path) -> None:
             areas = [30 + 600 * row["params_m"] / largest for row in members]
             x, y = zip(*places, strict=True)
             axes.scatter(x, y, s=areas, c=colour, alpha=0.5, label=group)
-            for row, place in zip(members, places, strict=True):
-                axes.annotate(row["network"], place, fontsize=7, ha="center")
+        _name_points(axes, [row for row in rows if row["data"] == data])
         axes.set_title(_short(data), fontsize=9)
         axes.set_xlabel("clean accuracy, %")
         axes.set_ylabel("accuracy under PGD, %")
@@ -155,6 +154,22 @@ def plot_bubbles(rows: Sequence[Row], path: Path) -> None:
         for handle in legend.legend_handles:
             handle.set_sizes([40])  # type: ignore[union-attr]
     figure.savefig(path, dpi=120)
+
+
+def _name_points(axes: Any, rows: Sequence[Row]) -> None:
+    """Names in a column beside the panel, with a line to each point: points lie too close for names of their own."""
+    ordered = sorted(rows, key=lambda row: -row["pgd"])
+    for row, height in zip(ordered, np.linspace(0.97, 0.03, len(ordered)), strict=True):
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "linewidth": 0.6, "color": COLOURS[row["group"]], "alpha": 0.6}
+        axes.annotate(
+            row["network"],
+            (row["clean"], row["pgd"]),
+            (1.03, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops=line,
+        )
 
 
 def plot_panels(rows: Sequence[Row], path: Path) -> None:
