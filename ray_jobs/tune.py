@@ -349,7 +349,7 @@ def _plot_front(
         series["references"] = sorted((row[cost], row[accuracy]) for row in rows)
     if chosen is not None:
         series["chosen"] = [points[chosen.number]]
-    plot_scatter(series, path, cost, accuracy, ["Pareto front"])
+    plot_scatter(series, path, cost, accuracy, joined=["Pareto front"], marked=["chosen"])
 
 
 def choose(sweep: Sweep, complete: Sequence[FrozenTrial], references: Mapping[str, Row]) -> FrozenTrial | None:

@@ -44,14 +44,18 @@ def plot_scatter(
     x_label: str,
     y_label: str,
     joined: Sequence[str] = (),
+    marked: Sequence[str] = (),
 ) -> None:
-    """Points by series; the series named in `joined` are connected in order of x (fronts, curves)."""
+    """Points by series; those named in `joined` are connected in order of x (fronts, curves), those in `marked` are
+    stars around points of other series."""
     figure = new_figure()
     axes = figure.add_subplot()
     for name, points in series.items():
         ordered = np.array(sorted(points)).reshape(-1, 2)
         if name in joined:  # hollow, so that points of other series show inside
             axes.plot(ordered[:, 0], ordered[:, 1], "o-", label=name, markersize=9, fillstyle="none", linewidth=1.2)
+        elif name in marked:
+            axes.plot(ordered[:, 0], ordered[:, 1], "k*", label=name, markersize=15, fillstyle="none")
         else:
             axes.plot(ordered[:, 0], ordered[:, 1], "o", label=name, markersize=5)
     axes.set_xlabel(x_label)
