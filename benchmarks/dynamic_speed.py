@@ -8,7 +8,7 @@ method take turns in every repeat; ratios are medians of the ratios within a rep
 
 Prints a table; the last line is one JSON object. Targets: ratio_deepmoe_batch1 <= 0.75, ratio_deepmoe_batch64_8patterns
 <= 0.75, ratio_hydranet_batch1 <= 0.75, ratio_hydranet_batch64 <= 0.65. DeepMoE's floor is a network that was cut to one
-pattern of channels for good (floor_deepmoe_...): what is above it, the router, gates and groups take.
+pattern of channels for good (floor_deepmoe_...): what is above it, the router, its heads and the groups take.
 """
 
 import argparse
