@@ -150,7 +150,7 @@ def make_search(partial_k: int, layers: int, side: int = 16, **changes: Any) -> 
         "arm": "pc_darts" if partial_k > 1 else "darts", "partial_k": partial_k, "layers": layers, "epochs": 1,
         "arch_start": 0, "batch": BATCH, "augment": "none", **changes,
     }  # fmt: skip
-    task = SearchTask(splits, Preprocess.fit(splits.train), Runtime(), 0)
+    task = SearchTask(splits.train, splits, Preprocess.fit(splits.train), Runtime(), 0)
     return DifferentiableSearch(task, parse_config(SearchSettings, values))
 
 

@@ -7,7 +7,7 @@ import torch
 from dataeff.active.oracle import Oracle, with_labels, without_labels
 from dataeff.core.experiment import LabelsNeeded
 from dataeff.data import open_splits
-from dataeff.data.labelling import UNKNOWN
+from dataeff.data.sources import UNKNOWN
 
 
 def oracle() -> Oracle:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataeff.data import BadImageError, absolute_spec, open_splits
+from dataeff.data import BadImageError, absolute_spec, open_images, open_splits
 from dataeff.data import decode as decode_module
 from dataeff.data import sources as sources_module
 from dataeff.data.embedded import DIGITS
+from dataeff.data.sources import UNKNOWN
 from dataeff.data.spec import parse_spec
 
 CIFAR = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
@@ -63,6 +64,11 @@ def parquet(tmp_path: Path) -> Path:
         folder / "test.parquet", [encoded(picture(n)) for n in numbers], [n % 2 for n in numbers], ["cat", "dog"]
     )
     return folder
+
+
+def without_labels(parquet: Path) -> None:
+    for file in parquet.glob("*.parquet"):
+        pq.write_table(pq.read_table(file).drop_columns("label"), file)
 
 
 def write_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8)) -> None:
@@ -398,6 +404,25 @@ def test_a_folder_of_classes_is_cut_by_seed(tmp_path: Path) -> None:
     assert np.bincount(one.test.labels).tolist() == [5, 5]
     names = [[splits.test.describe(i) for i in range(10)] for splits in (one, two, three)]
     assert names[0] == names[1] != names[2]
+
+
+def test_images_without_labels_can_be_opened_where_none_is_read(parquet: Path) -> None:
+    labelled = open_images(f"parquet:{parquet}?val=0.2")
+    assert len(labelled) == 32 and set(labelled.labels) == {0, 1}
+    without_labels(parquet)
+    pool = open_images(f"parquet:{parquet}?size=6")
+    assert len(pool) == 40 and set(pool.labels) == {UNKNOWN} and pool.image_shape == (3, 6, 6)
+    assert torch.equal(
+        open_images(f"parquet:{parquet}").images([39])[0], torch.tensor(np.array(picture(39))).permute(2, 0, 1)
+    )
+    assert len(open_images("digits?labels=50")) == 50
+    with pytest.raises(ValueError, match="no column 'label'.*for search_data of nas_search"):
+        open_splits(f"parquet:{parquet}")
+    with pytest.raises(ValueError, match="no labels to choose by: leave labels= out"):
+        open_images(f"parquet:{parquet}?labels=5")
+    write_parquet(parquet / "train-1.parquet", [encoded(picture(1))], [0])
+    with pytest.raises(ValueError, match="train-1.parquet has a column 'label' and other files have none"):
+        open_images(f"parquet:{parquet}")
 
 
 def test_an_empty_or_unknown_class_folder_is_named(tmp_path: Path) -> None:

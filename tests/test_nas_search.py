@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 import dataeff
 from dataeff.core.config import merge, parse_config
 from dataeff.core.runtime import Runtime
+from dataeff.data import open_splits
 from dataeff.nas.differentiable import DifferentiableSearch
 from dataeff.nas.experiment_search import NasSearchConfig, NasSearchExperiment
 from dataeff.nas.experiment_train import NasTrainConfig, NasTrainExperiment
 from dataeff.nas.genotype import GENOTYPES, Genotype
+from tests.test_data_sources import encoded
 from tests.worker_helpers import on_two_workers
 
 TINY: dict[str, Any] = {
@@ -140,6 +145,25 @@ def test_without_labels_in_the_loss_permuted_labels_give_the_identical_search() 
     assert states[0]["history"][-1] == states[1]["history"][-1]
 
 
+def test_a_search_without_labels_sees_images_that_have_none(tmp_path: Path) -> None:
+    splits = open_splits("digits")
+    rows = [encoded(Image.fromarray(image[0].numpy())) for image in splits.train.images(range(64))]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")
+    few = "digits?labels=20"
+    experiment = NasSearchExperiment(
+        parse_config(NasSearchConfig, merge(TINY, {"ss_factor": 1.0, "search_data": f"parquet:{tmp_path}"})),
+        few,
+        Runtime("cpu"),
+    )
+    halves = (searcher_of(experiment).weight_half, searcher_of(experiment).arch_half)
+    assert [len(half) for half in halves] == [32, 32] and len(experiment.task.splits.train) == 20
+    finish(experiment)
+    assert experiment.training is not None and len(experiment.training.splits.train) == 20
+    assert experiment.evaluate("test")["accuracy"] >= 0
+    with pytest.raises(ValueError, match=r"images are \(1, 8, 8\), those of letters are \(1, 16, 16\)"):
+        NasSearchExperiment(experiment.config, "letters", Runtime("cpu"))
+
+
 def test_with_a_share_of_labels_permuted_labels_change_the_search() -> None:
     states = []
     for permuted in (False, True):
@@ -185,7 +209,8 @@ def test_a_search_resumed_at_any_step_ends_like_the_undisturbed_one(
         fresh.load_state_dict(states[step])
         assert finish(fresh) == rows[step:]
         state = fresh.state_dict()
-        assert equal({**state, "search_seconds": 0}, {**final, "search_seconds": 0})
+        measured = {"search_seconds": 0, "peak_memory": 0}
+        assert equal({**state, **measured}, {**final, **measured})
 
 
 def test_a_checkpoint_with_other_operation_sets_or_of_another_search_is_refused() -> None:
@@ -234,6 +259,8 @@ def test_an_architecture_step_in_the_warm_up_is_impossible() -> None:
         ({"extra_ops": ["caps_dynamic"]}, "below the capsule dimension"),
         ({"extra_ops": ["caps"]}, "extra_ops must be different ones of caps_dynamic"),
         ({"arm": "random", "ss_factor": 1.0}, "ss_factor is for the arms"),
+        ({"search_data": "digits"}, "search_data is for searches that read no label: set ss_factor to 1"),
+        ({"ss_factor": 1.0, "search_data": "digit"}, "unknown data set 'digit'"),
         ({"second_order": True, "ss_factor": 0.5}, "second_order is for differentiable arms"),
         ({"batch": 1}, "batch = 1 is not allowed"),
         ({"chain": {"widths": [16, 8], "strides": [1, 2]}}, "widths must be positive and not fall"),
@@ -270,6 +297,9 @@ def test_a_found_genotype_goes_on_to_a_served_network_and_to_another_data_set(tm
         assert (tmp_path / "run" / name).stat().st_size > 1000
     analysis = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert analysis["classes"]["all"]["accuracy"] == pytest.approx(accuracy, abs=2e-3)
+    cost = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert cost["workers"] == 1 and cost["device_days"] == pytest.approx(cost["seconds"] / 86_400)
+    assert 0 < cost["seconds"] < 100 and 100 < cost["peak_memory_mib"] < 10_000
     settings = {**TINY["train"], "start_from": str(tmp_path / "run" / "artifact")}
     transferred = NasTrainExperiment(parse_config(NasTrainConfig, settings), "letters?size=8", Runtime("cpu"))
     assert transferred.architecture == experiment.training.architecture

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dataeff.core.experiment import LabelsNeeded
 from dataeff.data import ImageSource
-from dataeff.data.labelling import UNKNOWN
+from dataeff.data.sources import UNKNOWN
 from dataeff.data.subsets import IntArray
 
 _SHOWN = 10

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import resource
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
@@ -117,6 +118,12 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def peak_memory(self) -> int:
+        """Most bytes so far: of this GPU that tensors took, or of main memory that this process had."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the main rank's buffers (BatchNorm statistics), so that all evaluate the same network."""

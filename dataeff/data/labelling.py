@@ -19,12 +19,11 @@ from torch import Tensor
 from dataeff.core.config import Config
 from dataeff.data.folder import SUFFIXES, FolderRecords
 from dataeff.data.parquet import ParquetImages, ParquetRecords
-from dataeff.data.sources import EncodedRecords, RawData, RawSplit
+from dataeff.data.sources import UNKNOWN, EncodedRecords, RawData, RawSplit
 from dataeff.data.spec import DataSpec, parse_spec
 from dataeff.data.subsets import IntArray
 
 MANIFEST, ANSWERS = "labelling.json", "answers.csv"
-UNKNOWN = -1
 
 
 class Manifest(Config):

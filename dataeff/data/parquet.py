@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataeff.data.decode import BadImageError
 from dataeff.data.fingerprint import files_fingerprint
-from dataeff.data.sources import EncodedRecords, RawData, RawSplit
+from dataeff.data.sources import UNKNOWN, EncodedRecords, RawData, RawSplit
 from dataeff.data.spec import DataSpec
 from dataeff.data.subsets import IntArray
 
@@ -34,13 +34,7 @@ def open_parquet(spec: DataSpec) -> RawData:
     Images are a column `image` or `img`: encoded files, as binary or as a struct with a binary field `bytes`. Labels
     are an integer column `label`; class names come from the schema metadata (`huggingface`), else they are the numbers.
     """
-    root = Path(spec.location).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"parquet:{spec.location}: no such folder")
-    files = {split: sorted({f for p in patterns for f in root.glob(p)}) for split, patterns in _PATTERNS.items()}
-    if not files["train"]:
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"parquet:{spec.location}: no train*.parquet in this folder (it holds: {found})")
+    root, files = _files(spec)
     opened = {split: [ParquetImages(path) for path in paths] for split, paths in files.items()}
     names = _class_names(opened["train"] + opened["val"] + opened["test"])
     if names is None:
@@ -50,6 +44,36 @@ def open_parquet(spec: DataSpec) -> RawData:
     assert train is not None
     content = files_fingerprint(root, [path for paths in files.values() for path in paths])
     return RawData(names, train, splits["val"], splits["test"], content)
+
+
+def open_unlabelled(spec: DataSpec) -> RawData | None:
+    """The training files where they lack the column `label`: all images `UNKNOWN`, no classes; None if they have it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_parquet`; some of the training files have labels.
+    """
+    root, paths = _files(spec)
+    files = [ParquetImages(path, labelled=False) for path in paths["train"]]
+    labelled = [file.path.name for file in files if file.has_labels]
+    if len(labelled) == len(files):
+        return None
+    if labelled:
+        raise ValueError(f"parquet:{spec.location}: {labelled[0]} has a column 'label' and other files have none")
+    records = ParquetRecords(files)
+    train = RawSplit(records, np.full(len(records), UNKNOWN, np.int64))
+    return RawData((), train, None, None, files_fingerprint(root, paths["train"]))
+
+
+def _files(spec: DataSpec) -> tuple[Path, dict[str, list[Path]]]:
+    """The folder and its files by split; there are training files."""
+    root = Path(spec.location).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"parquet:{spec.location}: no such folder")
+    files = {split: sorted({f for p in patterns for f in root.glob(p)}) for split, patterns in _PATTERNS.items()}
+    if not files["train"]:
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"parquet:{spec.location}: no train*.parquet in this folder (it holds: {found})")
+    return root, files
 
 
 class ParquetImages:
@@ -69,6 +93,7 @@ class ParquetImages:
         schema = self._file.schema_arrow
         self.image_column = self._find_image_column(schema)
         self.names = _names_in_metadata(schema)
+        self.has_labels = "label" in schema.names
         self.labels, self._null_label = self._read_labels(schema) if labelled else (np.empty(0, np.int64), None)
         groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
         self._starts: list[int] = [0, *accumulate(groups)]
@@ -130,8 +155,11 @@ class ParquetImages:
         return column
 
     def _read_labels(self, schema: pa.Schema) -> tuple[IntArray, int | None]:
-        if "label" not in schema.names:
-            raise ValueError(f"{self.path.name}: no column 'label'; its columns are {_columns(schema)}")
+        if not self.has_labels:
+            raise ValueError(
+                f"{self.path.name}: no column 'label'; its columns are {_columns(schema)} (images without labels are "
+                "for ray_jobs.label, and for search_data of nas_search)"
+            )
         if not pa.types.is_integer(schema.field("label").type):
             raise ValueError(f"{self.path.name}: column 'label' is {schema.field('label').type}, not integer classes")
         column = self._file.read(columns=["label"]).column("label")

@@ -18,6 +18,8 @@ from torch import Tensor
 from dataeff.data.decode import BadImageError, decode, fit_to_size, natural_channels, open_pil, pil_to_tensor
 from dataeff.data.subsets import IntArray
 
+UNKNOWN = -1  # the label of an image that has none
+
 
 class Store(Protocol):
     """Pixels by row number, all of one shape."""
@@ -78,6 +80,12 @@ class ImageSource:
         chosen = np.asarray(indices, dtype=np.int64)
         flags = {name: values[chosen] for name, values in self.flags.items()}
         return ImageSource(self._store, self.labels[chosen], flags, self._rows[chosen])
+
+    def spread(self, count: int | None) -> ImageSource:
+        """`count` images, evenly spaced; all where there are no more, or for None."""
+        if count is None or count >= len(self):
+            return self
+        return self.subset(np.linspace(0, len(self) - 1, count).round().astype(np.int64))
 
 
 @dataclass

@@ -9,8 +9,8 @@ import numpy as np
 
 from dataeff.data.cache import bad_images, build_cached, open_cached
 from dataeff.data.fingerprint import text_fingerprint
-from dataeff.data.labelling import UNKNOWN
 from dataeff.data.sources import (
+    UNKNOWN,
     ArrayStore,
     DecodingStore,
     ImageSource,
@@ -37,6 +37,7 @@ _OPENERS: dict[str, str] = {
     "labelling": "dataeff.data.labelling:open_labelling",
     "torchvision": "dataeff.data.torchvision_sets:open_torchvision",
 }
+_UNLABELLED = "dataeff.data.parquet:open_unlabelled"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,24 @@ def open_splits(text: str) -> Splits:
         fingerprint=text_fingerprint(_FORMAT, raw.content, sorted(spec.selection().items(), key=str)),
         skipped=skipped,
     )
+
+
+def open_images(text: str) -> ImageSource:
+    """The training images that `text` names, for what reads no label: `parquet:` may lack the column `label`.
+
+    The labels of such images are `UNKNOWN`, and nothing is cut off for other splits.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_splits`; options that choose by label, for images without labels.
+    """
+    spec = parse_spec(text)
+    raw: RawData | None = resolve_name(_UNLABELLED)(spec) if spec.kind == "parquet" else None
+    if raw is None:
+        return open_splits(text).train
+    idle = sorted(spec.given & {"labels", "rate", "longtail", "val", "test"})
+    if idle:
+        raise ValueError(f"'{text}': its images have no labels to choose by: leave {idle[0]}= out")
+    return _prepare(spec, raw.train, f"{text_fingerprint(_FORMAT, raw.content)}-train", None)[0]
 
 
 def _prepare(spec: DataSpec, raw: RawSplit, key: str, shape: tuple[int, int, int] | None) -> tuple[ImageSource, int]:

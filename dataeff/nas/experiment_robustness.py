@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -306,10 +305,7 @@ class RobustnessExperiment(EvaluationExperiment):
 
     def attacked_images(self) -> ImageSource:
         """The test images that are attacked."""
-        test, wanted = self.splits.test, self.config.images
-        if wanted is None or wanted >= len(test):
-            return test
-        return test.subset(np.linspace(0, len(test) - 1, wanted).round().astype(np.int64))
+        return self.splits.test.spread(self.config.images)
 
     def train_step(self, step: int) -> Mapping[str, float]:
         if step < self.training_steps:

@@ -3,16 +3,20 @@
 Source: spec ss_pcp_darts sections 2.1 and 9.
 """
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
 
 from dataeff.core.artifact import Artifact, Predictor
 from dataeff.core.config import ExperimentConfig
 from dataeff.core.experiment import Experiment
+from dataeff.core.run import replace_text
 from dataeff.core.runtime import Runtime
-from dataeff.data import Preprocess, open_splits
+from dataeff.data import ImageSource, Preprocess, Splits, absolute_spec, open_images, open_splits
 from dataeff.nas import analysis
 from dataeff.nas.architecture import architecture_parameters, parse_architecture
 from dataeff.nas.differentiable import DifferentiableSearch
@@ -36,6 +40,22 @@ class NasSearchConfig(SearchSettings):
     """Settings of `nas_search`: those of the search, and of the training that follows."""
 
     train: EvaluationSettings = EvaluationSettings()
+    search_data: str | None = Field(
+        None,
+        description="data set whose training images the search sees without their labels (ss_factor 1), which it need "
+        "not have, such as all of parquet:DIR beside --data 'parquet:DIR?labels=500'; none: those of --data",
+    )
+
+    @field_validator("search_data")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else absolute_spec(value)
+
+    @model_validator(mode="after")
+    def _label_free(self) -> "NasSearchConfig":
+        if self.search_data is not None and self.ss_factor < 1:
+            raise ValueError("search_data is for searches that read no label: set ss_factor to 1, or leave it out")
+        return self
 
 
 class NasSearchExperiment(Experiment):
@@ -57,10 +77,22 @@ class NasSearchExperiment(Experiment):
         splits = open_splits(data)
         if not len(splits.val):
             raise ValueError(f"{data}: no validation images; leave val=0 out, or give more images")
-        self.task = SearchTask(splits, Preprocess.fit(splits.train), runtime, config.seed)
+        pool = splits.train if config.search_data is None else self.open_pool(config.search_data, splits)
+        self.task = SearchTask(pool, splits, Preprocess.fit(pool), runtime, config.seed)
         self.searcher = SEARCHERS[config.arm](self.task, config)
         self.training: NasTrainExperiment | None = None
         self.search_seconds = 0.0
+        self.peak_memory = 0
+
+    def open_pool(self, text: str, splits: Splits) -> ImageSource:
+        """The images of `search_data`."""
+        pool = open_images(text)
+        if pool.image_shape != splits.image_shape:
+            raise ValueError(
+                f"search_data {text}: its images are {pool.image_shape}, those of {self.data} are {splits.image_shape} "
+                "(channels, height, width); add size= or channels= to one of them"
+            )
+        return pool
 
     @property
     def total_steps(self) -> int:
@@ -72,6 +104,7 @@ class NasSearchExperiment(Experiment):
             started = time.perf_counter()
             metrics = dict(self.searcher.step(step))
             self.search_seconds += time.perf_counter() - started
+            self.peak_memory = max(self.peak_memory, self.runtime.peak_memory())
             return {**metrics, "search_seconds": self.search_seconds}
         if self.training is None:
             self._start_training(self.searcher.architecture().model_dump(mode="json"))
@@ -97,6 +130,7 @@ class NasSearchExperiment(Experiment):
             **super().state_dict(),
             "searcher": self.searcher.state_dict(),
             "search_seconds": self.search_seconds,
+            "peak_memory": self.peak_memory,
             "architecture": None if training is None else training.architecture.model_dump(mode="json"),
             "training": None if training is None else training.state_dict(),
         }
@@ -105,6 +139,7 @@ class NasSearchExperiment(Experiment):
         self.searcher.load_state_dict(state["searcher"])
         super().load_state_dict(state)
         self.search_seconds = float(state["search_seconds"])
+        self.peak_memory = int(state["peak_memory"])
         if state["training"] is not None:
             self._start_training(state["architecture"])
             assert self.training is not None
@@ -117,10 +152,27 @@ class NasSearchExperiment(Experiment):
         self.training.export(directory)
 
     def plots(self, directory: str | Path) -> None:
-        """The found cells, how they came about, and what `nas_train` draws."""
+        """The found cells, how they came about and what that cost (`search.json`), and what `nas_train` draws."""
         analysis.write_evolution(self.searcher.history, Path(directory))
+        replace_text(Path(directory) / "search.json", json.dumps(self.search_cost(), indent=2) + "\n")
         if self.training is not None:
             self.training.plots(directory)
+
+    def search_cost(self) -> dict[str, Any]:
+        """Of the search alone, without the training: `device_days` are seconds / 86,400 times workers (GPU-days on a
+        GPU), `peak_memory_mib` is `Runtime.peak_memory` of the main worker."""
+        return {
+            "device": self.runtime.device.type,
+            "workers": self.runtime.world_size,
+            "seconds": self.search_seconds,
+            "device_days": self.search_seconds * self.runtime.world_size / 86_400,
+            "peak_memory_mib": self.peak_memory / 2**20,
+        }
+
+    @classmethod
+    def compare(cls, runs: Sequence[Path], directory: Path) -> None:
+        """As `nas_train` does."""
+        NasTrainExperiment.compare(runs, directory)
 
     @classmethod
     def load_predictor(cls, artifact: Artifact, device: str) -> Predictor:

@@ -4,6 +4,7 @@ Source: spec ss_pcp_darts sections 2.1, 2.9 and 3; spec nas_adversarial_robustne
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,12 +23,15 @@ from dataeff.data import Batch, Splits
 from dataeff.metrics.cost import count_macs
 from dataeff.nas import analysis
 from dataeff.nas.architecture import Architecture, Chain, ChainNetwork, parse_architecture
+from dataeff.nas.fgsm_curve import compare_curves, mean_curve, write_curve
 from dataeff.nas.genotype import GENOTYPES, Genotype, named_genotype, random_genotype
 from dataeff.nas.inference import cell_predictor
 from dataeff.nas.network import CellNetwork
+from dataeff.nas.threat import GradientMaskingError, NormalizedModel
 from dataeff.supervised import Answers, StageConfig, SupervisedConfig, SupervisedExperiment
 
 RANDOM = "random"
+CURVE_IMAGES = 500  # of the FGSM curve
 
 
 class EvaluationStage(StageConfig):
@@ -228,7 +232,7 @@ class NasTrainExperiment(EvaluationExperiment):
         )
 
     def plots(self, directory: str | Path) -> None:
-        """Class-wise metrics and structure in `analysis.json`, the cells as graphs."""
+        """Class-wise metrics and structure in `analysis.json`, the cells as graphs, the FGSM curve."""
         confusion = self.confusion("test")
         analysis.write_architecture(self.architecture, Path(directory))
         found = {
@@ -237,6 +241,21 @@ class NasTrainExperiment(EvaluationExperiment):
             "structure": analysis.structure(self.architecture),
         }
         replace_text(Path(directory) / "analysis.json", json.dumps(found, indent=2) + "\n")
+        self.plot_fgsm(Path(directory))
+
+    def plot_fgsm(self, directory: Path) -> None:
+        """How the probability of the true class falls under FGSM, on test images."""
+        preprocess, images = self.preprocess, self.splits.test.spread(CURVE_IMAGES)
+        model = NormalizedModel(self.model, preprocess.mean, preprocess.std).to(self.runtime.device).eval()
+        try:
+            write_curve(mean_curve(model, images, preprocess.size, self.runtime.device), directory)
+        except GradientMaskingError as error:
+            warnings.warn(f"no FGSM curve: {error}", stacklevel=2)
+
+    @classmethod
+    def compare(cls, runs: Sequence[Path], directory: Path) -> None:
+        """The FGSM curves of all."""
+        compare_curves(runs, directory)
 
     @torch.no_grad()
     def confusion(self, split: str) -> np.ndarray:

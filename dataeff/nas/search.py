@@ -25,8 +25,14 @@ from dataeff.supervised import EVAL_BATCH, mix
 
 @dataclass(frozen=True)
 class SearchTask:
-    """The images that an architecture is searched on, and where."""
+    """The images that an architecture is searched on, and where.
 
+    Attributes:
+        pool: what is halved for the search.
+        splits: labelled images that found networks are trained and judged on.
+    """
+
+    pool: ImageSource
     splits: Splits
     preprocess: Preprocess
     runtime: Runtime
@@ -45,18 +51,16 @@ class SearchTask:
         return min(self.preprocess.size)
 
     def halves(self, limit: int | None) -> tuple[ImageSource, ImageSource]:
-        """Disjoint halves of (`limit` of) the training images, for weights and for the architecture. No label is read.
+        """Disjoint halves of (`limit` of) the pool, for weights and for the architecture. No label is read.
 
         Raises:
             ValueError: a half is empty.
         """
-        order = np.random.default_rng([self.seed, 5]).permutation(len(self.splits.train))[:limit]
+        order = np.random.default_rng([self.seed, 5]).permutation(len(self.pool))[:limit]
         half = len(order) // 2
         if not half:
             raise ValueError(f"{self.splits.name}: {len(order)} training image(s) cannot be halved for the search")
-        return self.splits.train.subset(order[: len(order) - half]), self.splits.train.subset(
-            order[len(order) - half :]
-        )
+        return self.pool.subset(order[: len(order) - half]), self.pool.subset(order[len(order) - half :])
 
 
 class Searcher(ABC):

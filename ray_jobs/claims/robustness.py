@@ -13,10 +13,14 @@ HANDCRAFTED = ("resnet18", "resnet50", "densenet121", "densenet169", "vgg16_bn")
 NAS = ("darts", "p_darts", "pc_darts", "nsga_net")
 EFFICIENT = ("efficientnet_b0", "efficientnet_b2", "efficientnet_b4")
 ATTACKS = ("fgsm", "ffgsm", "pgd", "apgd")
-# Budgets in 255ths at which random cells and their ensemble are compared, and by how many points the ensemble must be
-# before (spec section 8). The spec's trial at cpu scale was of clothes, where 8/255 left one random network 41.5 of
-# 83 %; on the digits 8/255 leaves it 92 of 99 %, and these leave it about two thirds and a third.
-ENSEMBLE_EPS = {"cpu": ((16, 24), 3.0), "gpu": ((4, 8), 0.0)}
+# Random cells and their ensemble, beside each other. At cpu scale trained as in the spec's trial (section 8, item 5:
+# 2,000 images of clothes at 14 pixels, six epochs, 8/255), and attacked on more images than the other networks.
+CELLS: dict[str, dict[str, Any]] = {
+    "cpu": {"augment": "none", "stage": {"iterations": 375, "batch": 32}, "images": 1000, "sweep_eps": [16, 24]},
+    "gpu": {},
+}
+# Under which attacks the ensemble must be before, and by how many points (spec section 8).
+LEAD = {"cpu": (("pgd",), 3.0), "gpu": (("pgd@4/255", "pgd"), 0.0)}
 ORDER = "networks trained this briefly do not rank as published ones (spec section 8, item 6): reported, not judged"
 
 
@@ -35,11 +39,8 @@ def claims(scale: str, data: str | None) -> list[Claim]:
         return arms.run(network, network=network)
 
     hand, nas, efficient = ([run(name) for name in names] for names in (HANDCRAFTED, NAS, EFFICIENT))
-    budgets, lead_of_ensemble = ENSEMBLE_EPS[scale]
-    random, ensemble = (
-        arms.run(name, network=name, images=None, sweep_eps=list(budgets)) for name in ("random", "ensemble")
-    )
-    ensemble_metrics = [f"pgd@{eps}/255" for eps in budgets]
+    random, ensemble = (arms.run(name, network=name, **CELLS[scale]) for name in ("random", "ensemble"))
+    led, points = LEAD[scale]
     probed = [
         arms.run(f"{name}_probed", network=name, masking=True, sweep_eps=[1, 2, 4]) for name in ("resnet18", "vgg16_bn")
     ]
@@ -150,12 +151,12 @@ def claims(scale: str, data: str | None) -> list[Claim]:
             lambda results: (
                 {
                     f"ensemble_before_random_{name}": _of(results, ensemble, name) - _of(results, random, name)
-                    for name in (*ensemble_metrics, "clean", "pgd", "apgd")
+                    for name in ("clean", *ATTACKS, *(f"pgd@{eps}/255" for eps in random.settings["sweep_eps"]))
                 }
-                | {f"random_{name}": _of(results, random, name) for name in ensemble_metrics}
+                | {f"random_{name}": _of(results, random, name) for name in ("clean", *led)}
             ),
             (
-                *(Check(f"ensemble_before_random_{name}", at_least=lead_of_ensemble) for name in ensemble_metrics),
+                *(Check(f"ensemble_before_random_{name}", at_least=points) for name in led),
                 Check("ensemble_before_random_clean", at_most=1.0),
             ),
         ),
