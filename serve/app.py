@@ -1,5 +1,5 @@
-"""Ray Serve applications: `serve run serve.app:model artifact=DIR`, `serve.app:cascade stages=DIR,DIR` and
-`serve.app:labelling out=DIR`."""
+"""Ray Serve applications: `serve run serve.app:model artifact=DIR`, `serve.app:cascade stages=DIR,DIR`,
+`serve.app:labelling out=DIR` and `serve.app:robustness artifact=DIR`."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from serve.drift import DriftAlarm
 from serve.http import create_app
 from serve.human import HumanQueue
 from serve.human_http import HumanDesk
-from serve.loading import Loader, load_cascade, load_stage
+from serve.loading import Loader, load_attackable, load_cascade, load_stage, read_attackable
 from serve.metrics import Metrics
 from serve.models import ServedCascade, ServedModel
 from serve.options import (
@@ -35,10 +35,12 @@ from serve.options import (
     HostOptions,
     LabellingOptions,
     ModelOptions,
+    RobustnessOptions,
     ServerOptions,
     deployment_settings,
     stage_settings,
 )
+from serve.robustness import create_robustness_app
 from serve.versions import Version, Versions, parse_versions
 
 O = TypeVar("O", bound=HostOptions)  # noqa: E741
@@ -94,6 +96,22 @@ def labelling(args: dict[str, str]) -> Application:
     return application
 
 
+def robustness(args: dict[str, str]) -> Application:
+    """Builder of the application that attacks a network; see `RobustnessOptions` for its arguments.
+
+    Raises:
+        click.UsageError: as for `model`; also for an artifact of a network that cannot be attacked.
+    """
+    try:
+        options = parse_robustness_options(args)
+        read_attackable(options.artifact)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    deployment = serve.deployment(**deployment_settings("RobustnessServer", options))
+    application: Application = deployment(serve.ingress()(RobustnessServer)).bind(options)
+    return application
+
+
 def parse_options(args: Mapping[str, Any]) -> ModelOptions:
     """Options from `key=value` arguments; a relative artifact folder is taken from here, not from the replica's folder.
 
@@ -111,6 +129,11 @@ def parse_cascade_options(args: Mapping[str, Any]) -> CascadeOptions:
 def parse_labelling_options(args: Mapping[str, Any]) -> LabellingOptions:
     """As `parse_options`, for a labelling."""
     return _parse(LabellingOptions, args, "serve.app:labelling")
+
+
+def parse_robustness_options(args: Mapping[str, Any]) -> RobustnessOptions:
+    """As `parse_options`, for a network that is attacked."""
+    return _parse(RobustnessOptions, args, "serve.app:robustness")
 
 
 def _parse(schema: type[O], args: Mapping[str, Any], where: str) -> O:
@@ -286,3 +309,17 @@ class LabellingServer:
 
         folder, token = Path(self.options.out), self.options.token()
         return create_labelling_app(folder, self.options, self.metrics, self.predictor, token, self.threads)
+
+
+class RobustnessServer:
+    """One replica of a network that people attack."""
+
+    def __init__(self, options: RobustnessOptions) -> None:
+        self.options = options
+        self.threads = max(1, int(options.num_cpus))
+        set_up_process(self.threads)
+        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
+        self.network = load_attackable(options.artifact, options.device)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_robustness_app(self.network, self.options, self.metrics, self.options.token(), self.threads)

@@ -8,31 +8,39 @@ versions with their shares of the traffic. `serve deploy` with another `user_con
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from serve import RAY_SETTINGS
-from serve.app import parse_cascade_options, parse_options
+from serve.app import parse_cascade_options, parse_labelling_options, parse_options, parse_robustness_options
 from serve.loading import load_cascade
-from serve.options import CascadeOptions, ServerOptions, deployment_settings, stage_settings
+from serve.options import CascadeOptions, HostOptions, deployment_settings, stage_settings
 
-USAGE = "usage: python -m serve.config model|cascade key=value ...  (keys as for serve run; the YAML goes to stdout)"
+# Of each application: what reads its arguments, and the deployment that answers HTTP.
+APPLICATIONS: Mapping[str, tuple[Callable[[Mapping[str, str]], HostOptions], str]] = {
+    "model": (parse_options, "ModelServer"),
+    "cascade": (parse_cascade_options, "CascadeServer"),
+    "labelling": (parse_labelling_options, "LabellingServer"),
+    "robustness": (parse_robustness_options, "RobustnessServer"),
+}
+KINDS = "|".join(APPLICATIONS)
+USAGE = f"usage: python -m serve.config {KINDS} key=value ...  (keys as for serve run; the YAML goes to stdout)"
 
 
 def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
-    """The content of a Serve config file; `kind` is "model" or "cascade".
+    """The content of a Serve config file; `kind` is one of `APPLICATIONS`.
 
     Raises:
-        ValueError, OSError: unknown or bad arguments, or no usable artifact.
+        ValueError, OSError: unknown or bad arguments, or no cascade to count the stages of.
     """
-    options: ServerOptions = parse_cascade_options(args) if kind == "cascade" else parse_options(args)
-    settings = _deployments(options)
-    table = settings[0]["user_config"]
-    for deployment in settings:
-        deployment["user_config"] = table  # one table: YAML shows it once and refers to it
+    parse, deployment = APPLICATIONS[kind]
+    options = parse(args)
+    settings = _deployments(options, deployment)
+    for other in settings[1:]:
+        other["user_config"] = settings[0]["user_config"]  # one table: YAML shows it once and refers to it
     absolute = {name: getattr(options, name) for name in options.paths if name in args}
     environment = {"env_vars": dict(RAY_SETTINGS)}  # of the controller, of the proxies that it starts, and of replicas
     return {
@@ -41,7 +49,7 @@ def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
         "http_options": {"host": "0.0.0.0", "port": 8000, "request_timeout_s": options.timeout_s + 5},
         "applications": [
             {
-                "name": options.name or kind,
+                "name": getattr(options, "name", "") or kind,
                 "route_prefix": "/",
                 "import_path": f"serve.app:{kind}",
                 "runtime_env": environment,
@@ -52,14 +60,12 @@ def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _deployments(options: ServerOptions) -> list[dict[str, Any]]:
-    if not isinstance(options, CascadeOptions):
-        return [_plain(deployment_settings("ModelServer", options))]
-    stages = options.stage_count(load_cascade)
-    if options.layout == "colocated":
-        return [_plain(deployment_settings("CascadeServer", options))]
-    front = deployment_settings("CascadeServer", options, cpus=options.router_cpus)
-    return [_plain(front), *(_plain(stage_settings(options, number)) for number in range(stages))]
+def _deployments(options: HostOptions, name: str) -> list[dict[str, Any]]:
+    if not isinstance(options, CascadeOptions) or options.layout == "colocated":
+        return [_plain(deployment_settings(name, options))]
+    front = deployment_settings(name, options, cpus=options.router_cpus)
+    stages = range(options.stage_count(load_cascade))
+    return [_plain(front), *(_plain(stage_settings(options, number)) for number in stages)]
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     kind, *rest = arguments or [""]
     pairs = [argument.partition("=") for argument in rest]
-    if kind not in ("model", "cascade") or not all(equals for _, equals, _ in pairs):
+    if kind not in APPLICATIONS or not all(equals for _, equals, _ in pairs):
         raise SystemExit(USAGE)
     try:
         config = serve_config(kind, {key: value for key, _, value in pairs})

@@ -52,6 +52,14 @@ class LabellingLimits(Limits):
     max_classes: int = Field(10_000, ge=2, description="most classes, and clusters")
 
 
+class RobustnessLimits(Limits):
+    """Bounds on the attacks that one request may ask for."""
+
+    max_budgets: int = Field(100, ge=1, description="most budgets of one FGSM curve")
+    max_steps: int = Field(200, ge=1, description="most iterations of an attack")
+    max_restarts: int = Field(20, ge=1, description="most random starts of an attack")
+
+
 class Admission:
     """Counts the images in the server, so that a flood is refused at once instead of waiting for ever."""
 

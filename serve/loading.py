@@ -1,18 +1,51 @@
 """From a version's folders to a cascade, whole or without its networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dataeff.core.artifact import Prediction, load, read_artifact
+from dataeff.core.artifact import Artifact, Card, Prediction, load, read_artifact
 from dataeff.core.registry import get_method
 from serve.cascade import Calibrated, Cascade, Point, Stage, StagedCascade, early_exit
 from serve.versions import Version
 
 FITTED = "idk"  # the method whose predictor is a cascade
+
+
+class Attackable(Protocol):
+    """A network that can be attacked, by one thread at a time. Images are float [B, C, H, W] in [0, 1]."""
+
+    card: Card
+    eps_grid: Sequence[float]
+    """Default budgets of `fgsm_curve`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Images to logits [B, K]."""
+
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Images of any size to those that the network takes."""
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """[B, K]."""
+
+    def member_probabilities(self, x: Tensor) -> list[Tensor]:
+        """[B, K] of each member of an ensemble; else empty."""
+
+    def attack(
+        self, x: Tensor, y: Tensor, name: str, eps: float, steps: int, alpha: float | None = None, **settings: Any
+    ) -> Tensor:
+        """Adversarial images for labels int64 [B]; ValueError for bad settings and for want of a gradient."""
+
+    def fgsm_curve(self, x: Tensor, y: Tensor, eps_grid: Sequence[float]) -> Mapping[str, Tensor]:
+        """p_true, pred and p_pred, each [budgets, B]; ValueError for want of a gradient."""
+
+    def architectures(self) -> list[dict[str, Any]]:
+        """Cells or blocks of each member; empty for a network of neither."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +127,26 @@ def load_stage(version: Version, number: int, device: str = "cpu") -> Stage:
         stage: Stage = load_fitted(version.artifact, device, [number]).stages[number]
         return stage
     return load(version.stages[number], device)
+
+
+def read_attackable(folder: str) -> Artifact:
+    """The artifact of a network that can be attacked.
+
+    Raises:
+        ValueError, OSError: no usable artifact, or one of another method.
+    """
+    artifact = read_artifact(folder)
+    method = artifact.card.method
+    if not hasattr(get_method(method), "load_attackable"):
+        raise ValueError(
+            f"artifact {folder}: a {method}, which cannot be attacked here; give one of robustness, nas_train or "
+            "nas_search, or serve it with serve.app:model"
+        )
+    return artifact
+
+
+def load_attackable(folder: str, device: str = "cpu") -> Attackable:
+    """The network of `read_attackable`."""
+    artifact = read_attackable(folder)
+    network: Attackable = get_method(artifact.card.method).load_attackable(artifact, device)  # type: ignore[attr-defined]
+    return network

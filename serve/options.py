@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from serve.limits import RETRY_AFTER_S, LabellingLimits, Limits
+from serve.limits import RETRY_AFTER_S, LabellingLimits, Limits, RobustnessLimits
 from serve.versions import Version, VersionTable
 
 
@@ -92,6 +92,12 @@ class LabellingOptions(LabellingLimits, HostOptions):
 
     out: str = Field(min_length=1, description="folder of a labelling by people, made by ray_jobs.label")
     artifact: str = Field("", description="folder of an exported network, for images in /select")
+
+
+class RobustnessOptions(RobustnessLimits, HostOptions):
+    """Arguments of `serve run serve.app:robustness`."""
+
+    artifact: str = Field(min_length=1, description="folder of a network of robustness, nas_train or nas_search")
 
 
 class CascadeOptions(ServerOptions):

@@ -13,13 +13,17 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import tritonclient.http as triton
 from ray import serve
 
 from benchmarks.local_serve import local_serve
-from serve.app import build, labelling, model, parse_options
+from dataeff.nas.fgsm_curve import fgsm_probability_curve
+from serve.app import build, labelling, model, parse_options, robustness
+from serve.loading import load_attackable
 from tests.serve_fakes import CLASSES, FULL_MACS, FakePredictor, encoded, load_fake, picture
 from tests.test_serve_labelling import IMAGES, folder, rows_of
+from tests.test_serve_robustness import GREY, MAKERS, exported
 
 __all__ = ["folder"]  # the fixture
 
@@ -187,6 +191,23 @@ def test_labels_sent_to_the_labelling_application_reach_its_folder(address: str,
     finally:
         serve.delete("labelling")
     assert rows_of(folder) == {IMAGES[0]: "dark", IMAGES[1]: "", IMAGES[2]: "bright", IMAGES[3]: ""}
+
+
+def test_a_network_is_attacked_by_the_robustness_application(address: str, tmp_path: Path) -> None:
+    artifact = exported(MAKERS["cells"](), tmp_path / "artifact")
+    serve.run(robustness({"artifact": str(artifact), "num_cpus": "0.5"}), name="robustness", route_prefix="/robustness")
+    try:
+        with httpx.Client(base_url=f"http://{address}/robustness", timeout=30) as client:
+            body = {"image": GREY, "label": 3}
+            network = load_attackable(str(artifact)).model
+            expected = fgsm_probability_curve(network, torch.tensor([GREY]), torch.tensor([3]))
+            curve = client.post("/fgsm", json=body).json()
+            assert curve["p_true"] == pytest.approx(expected["p_true"][:, 0].tolist(), abs=1e-5)
+            found = client.post("/robustness/attack", json=body | {"attack": "noise"}).json()
+            assert found["clean_label"] == curve["pred"][0] and 0 < found["linf"] <= 8 / 255 + 1e-6
+            assert client.post("/robustness/attack", json=body | {"attack": "cw"}).status_code == 400
+    finally:
+        serve.delete("robustness")
 
 
 def test_a_wrong_argument_is_one_line_for_the_shell(tmp_path: Path) -> None:

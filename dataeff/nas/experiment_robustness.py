@@ -18,8 +18,9 @@ from dataeff.core.runtime import Runtime
 from dataeff.data import Batch, ImageSource, Preprocess
 from dataeff.metrics.cost import count_macs
 from dataeff.nas import figures_robustness
+from dataeff.nas.attackable import AttackableNetwork
 from dataeff.nas.attacks import eps_sweep
-from dataeff.nas.experiment_train import EvaluationConfig, EvaluationExperiment, NasTrainConfig, build_network, resolve
+from dataeff.nas.experiment_train import EvaluationConfig, EvaluationExperiment, NasTrainConfig, trained_network
 from dataeff.nas.genotype import Genotype, named_genotype
 from dataeff.nas.inference import cell_predictor
 from dataeff.nas.network import CellNetwork
@@ -163,20 +164,15 @@ def rebuild(artifact: Artifact) -> tuple[nn.Module, RobustnessConfig | NasTrainC
     Raises:
         ValueError: an artifact of another method.
     """
-    classes, shape = len(artifact.card.classes), artifact.card.input_shape
-    model: nn.Module
-    config: RobustnessConfig | NasTrainConfig
-    if artifact.card.method == "robustness":
-        config = parse_config(RobustnessConfig, artifact.config, "artifact config.yaml")
-        model = make_network(config, classes, shape)
-    elif artifact.card.method == "nas_train":
-        config = resolve(parse_config(NasTrainConfig, artifact.config, "artifact config.yaml"))
-        model = build_network(config, classes, shape[0], min(shape[1:]), False)
-    else:
+    if artifact.card.method == "nas_train":
+        return trained_network(artifact)
+    if artifact.card.method != "robustness":
         raise ValueError(
             f"an artifact of {artifact.card.method} has no network to attack; give one of robustness, nas_train or "
             "nas_search"
         )
+    config = parse_config(RobustnessConfig, artifact.config, "artifact config.yaml")
+    model = make_network(config, len(artifact.card.classes), artifact.card.input_shape)
     model.load_state_dict(artifact.state)
     return model.eval(), config
 
@@ -398,3 +394,10 @@ class RobustnessExperiment(EvaluationExperiment):
     @classmethod
     def load_predictor(cls, artifact: Artifact, device: str) -> Predictor:
         return cell_predictor(rebuild(artifact)[0], artifact.card, device)
+
+    @classmethod
+    def load_attackable(cls, artifact: Artifact, device: str) -> AttackableNetwork:
+        """The network of an artifact of this method, as serving attacks it."""
+        model, config = rebuild(artifact)
+        assert isinstance(config, RobustnessConfig)
+        return AttackableNetwork(artifact.card, model, genotypes(config), device)

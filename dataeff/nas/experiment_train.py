@@ -23,6 +23,7 @@ from dataeff.data import Batch, Splits
 from dataeff.metrics.cost import count_macs
 from dataeff.nas import analysis
 from dataeff.nas.architecture import Architecture, Chain, ChainNetwork, parse_architecture
+from dataeff.nas.attackable import AttackableNetwork
 from dataeff.nas.fgsm_curve import compare_curves, mean_curve, write_curve
 from dataeff.nas.genotype import GENOTYPES, Genotype, named_genotype, random_genotype
 from dataeff.nas.inference import cell_predictor
@@ -269,11 +270,23 @@ class NasTrainExperiment(EvaluationExperiment):
 
     @classmethod
     def load_predictor(cls, artifact: Artifact, device: str) -> Predictor:
-        config = resolve(parse_config(NasTrainConfig, artifact.config, "artifact config.yaml"))
-        card = artifact.card
-        model = build_network(config, len(card.classes), card.input_shape[0], min(card.input_shape[1:]), False)
-        model.load_state_dict(artifact.state)
-        return cell_predictor(model, card, device)
+        return cell_predictor(trained_network(artifact)[0], artifact.card, device)
+
+    @classmethod
+    def load_attackable(cls, artifact: Artifact, device: str) -> AttackableNetwork:
+        """The network of an artifact of this method, as serving attacks it."""
+        model, config = trained_network(artifact)
+        assert not isinstance(config.genotype, str)
+        return AttackableNetwork(artifact.card, model, [config.genotype], device)
+
+
+def trained_network(artifact: Artifact) -> tuple[CellNetwork | ChainNetwork, NasTrainConfig]:
+    """The network of an artifact of `nas_train` in evaluation mode, and its resolved config."""
+    config = resolve(parse_config(NasTrainConfig, artifact.config, "artifact config.yaml"))
+    card = artifact.card
+    model = build_network(config, len(card.classes), card.input_shape[0], min(card.input_shape[1:]), False)
+    model.load_state_dict(artifact.state)
+    return model.eval(), config
 
 
 def cutout(images: Tensor, draws: Tensor, side: int) -> Tensor:
