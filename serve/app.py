@@ -169,15 +169,21 @@ def build_cascade(options: CascadeOptions, loader: Loader | None = None) -> Appl
     return distributed
 
 
-class Server(ABC):
-    """One replica: its versions, its metrics and its HTTP application; subclasses load versions."""
+class Host:
+    """One replica: its threads and its metrics."""
 
-    def __init__(self, options: ServerOptions) -> None:
-        self.options = options
+    def __init__(self, options: HostOptions) -> None:
         self.threads = max(1, int(options.num_cpus))
         set_up_process(self.threads)
-
         self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
+
+
+class Server(Host, ABC):
+    """One replica with versions, and its HTTP application; subclasses load versions."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        super().__init__(options)
+        self.options = options
         self.versions = Versions(options.name, self.load_version, options.timeout_s)
         self.human: HumanDesk | None = None
         self._applying: asyncio.Task[None] | None = None
@@ -294,14 +300,12 @@ class DistributedServer(CascadeServer):
         return served
 
 
-class LabellingServer:
+class LabellingServer(Host):
     """One replica over the folder of a labelling by people."""
 
     def __init__(self, options: LabellingOptions) -> None:
+        super().__init__(options)
         self.options = options
-        self.threads = max(1, int(options.num_cpus))
-        set_up_process(self.threads)
-        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.predictor = load(options.artifact, options.device) if options.artifact else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -311,14 +315,12 @@ class LabellingServer:
         return create_labelling_app(folder, self.options, self.metrics, self.predictor, token, self.threads)
 
 
-class RobustnessServer:
+class RobustnessServer(Host):
     """One replica of a network that people attack."""
 
     def __init__(self, options: RobustnessOptions) -> None:
+        super().__init__(options)
         self.options = options
-        self.threads = max(1, int(options.num_cpus))
-        set_up_process(self.threads)
-        self.metrics = Metrics(serve.get_replica_context().replica_id.unique_id, export=True)
         self.network = load_attackable(options.artifact, options.device)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

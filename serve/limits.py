@@ -35,6 +35,15 @@ class RequestError(Exception):
         self.message = message
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the library refuses with a ValueError is the request's fault: status 400."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(400, str(error)) from None
+
+
 class Limits(Config):
     """Bounds on one request and on the work that may wait."""
 

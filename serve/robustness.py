@@ -35,6 +35,7 @@ from serve.limits import (
     check_image_type,
     decode_image,
     read_body,
+    refusing,
 )
 from serve.loading import Attackable
 from serve.metrics import Metrics
@@ -180,7 +181,7 @@ def create_robustness_app(
         x = await loop.run_in_executor(decoding, pixels, image, network, limits)
 
         def run() -> dict[str, Any]:
-            with _refusing(), _until(deadline, network.model):
+            with refusing(), _until(deadline, network.model):
                 return function(network, x, *given)
 
         return JSONResponse(await loop.run_in_executor(attacking, run))
@@ -315,7 +316,7 @@ def pixels(image: bytes | str | list[Any], network: Attackable, limits: Robustne
         body = base64.b64decode(image, validate=True) if isinstance(image, str) else image
     except ValueError:
         raise RequestError(400, "image: not base64; send that of a PNG, JPEG or WebP") from None
-    with _refusing():
+    with refusing():
         return network.preprocess([decode_image(body, limits)])
 
 
@@ -343,15 +344,6 @@ def check_label(label: int, network: Attackable) -> None:
 def _at_most(name: str, value: int, most: int) -> None:
     if value > most:
         raise RequestError(400, f"{value} {name}; send at most {most}")
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """What the library refuses is the request's fault."""
-    try:
-        yield
-    except ValueError as error:
-        raise RequestError(400, str(error)) from None
 
 
 @contextmanager

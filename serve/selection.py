@@ -6,8 +6,6 @@ position in the request.
 
 import base64
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,7 +20,7 @@ from dataeff.active.queries import DBAL, QUERIES, ALContext
 from dataeff.core.artifact import Predictor, Segmenter
 from dataeff.metrics.kmeans import kmeans
 from serve.human_http import Strict, Whole
-from serve.limits import LabellingLimits, RequestError, check_pixels, check_rows, decode_image
+from serve.limits import LabellingLimits, RequestError, check_pixels, check_rows, decode_image, refusing
 
 MOST_CHOSEN = 10_000  # images in one answer
 SUM_TOLERANCE = 1e-3  # of probabilities, which may have been rounded
@@ -116,7 +114,7 @@ def select(request: SelectRequest, limits: LabellingLimits, predictor: Predictor
             fields = {"mc": McPrediction.from_passes(values[:, left])}
         elif need:
             fields = {"probabilities": values[left]} if need == "model" else {"ensemble_probabilities": values[:, left]}
-    with _refusing():
+    with refusing():
         chosen = query.select(ALContext(left, labelled, np.random.default_rng(request.seed), **fields), request.k)
     scores = [score if np.isfinite(score) else None for score in chosen.scores.tolist()]
     return {"indices": chosen.indices.tolist(), "scores": scores, "strategy": request.strategy}
@@ -128,7 +126,7 @@ def initial_pool(request: PoolRequest, limits: LabellingLimits, classes: int) ->
     wanted, other = ("count", "features") if request.strategy == "random" else ("features", "count")
     if getattr(request, wanted) is None or getattr(request, other) is not None:
         raise RequestError(400, f"strategy {request.strategy!r} needs {wanted}, and no {other}")
-    with _refusing():
+    with refusing():
         if request.count is not None:
             if request.count > limits.max_values:
                 raise RequestError(413, f"count = {request.count}; send at most {limits.max_values}")
@@ -138,15 +136,6 @@ def initial_pool(request: PoolRequest, limits: LabellingLimits, classes: int) ->
             raise RequestError(413, f"{features.size} numbers for {clusters} clusters; send fewer, or fewer clusters")
         found = kmeans(features.astype(np.float32), clusters, request.seed).labels
         return {"indices": spread_over_clusters(found, request.budget, clusters, rng, request.allocation).tolist()}
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """What the library refuses is the request's fault."""
-    try:
-        yield
-    except ValueError as error:
-        raise RequestError(400, str(error)) from None
 
 
 def _numbers(name: str, rows: list[Any] | None, limits: LabellingLimits) -> Floats:
