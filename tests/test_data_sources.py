@@ -474,6 +474,17 @@ def test_torchvision_without_files_says_how_to_get_them(tmp_path: Path) -> None:
         open_splits("torchvision:MNIST")
 
 
+def test_images_are_spread_over_the_whole_split() -> None:
+    source = open_splits("digits").test
+    few = source.spread(5)
+    last = len(source) - 1
+    rows = [0, round(last / 4), round(last / 2), round(3 * last / 4), last]
+    assert (
+        torch.equal(few.images(range(5)), source.images(rows)) and few.labels.tolist() == source.labels[rows].tolist()
+    )
+    assert source.spread(None) is source and source.spread(10**6) is source
+
+
 # Cache and fingerprint
 
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import dataeff
 from dataeff.core.config import merge, parse_config
 from dataeff.core.registry import get_method
 from dataeff.core.runtime import Runtime
-from dataeff.data import open_splits
 from dataeff.nn.backbone import backbone_macs, residual_blocks
 from dataeff.supervised import SupervisedExperiment
-from tests.experiment_helpers import finish, same
+from tests.experiment_helpers import answers, finish, same
 from tests.worker_helpers import on_two_workers
 
 STAGE = {"iterations": 6, "batch": 16, "lr": 0.05}
@@ -55,16 +53,11 @@ def test_every_method_trains_and_its_artifact_answers_as_it_was_evaluated(case: 
     experiment = make(case)
     rows = finish(experiment)
     assert len(rows) == experiment.total_steps and all(np.isfinite(row["train_loss"]) for row in rows)
-    experiment.export(tmp_path / "artifact")
-    predictor = dataeff.load(tmp_path / "artifact")
-    test = open_splits("digits").test
-    prediction = predictor.predict(experiment.preprocess(test.images(np.arange(len(test)))))
-    accuracy = float((prediction.probabilities.argmax(1).numpy() == test.labels).mean())
-    assert accuracy == pytest.approx(predictor.card.metrics["test_accuracy"], abs=2e-3)
+    predictor, inputs, prediction = answers(experiment, tmp_path / "artifact")
     assert float(prediction.macs.mean()) == pytest.approx(predictor.card.cost["macs"], rel=1e-3)
-    assert prediction.path.shape == (len(test), len(predictor.path_names))
+    assert prediction.path.shape == (len(inputs), len(predictor.path_names))
     with pytest.raises(ValueError, match="one number of multiply-adds per image"):
-        predictor.predict(experiment.preprocess(test.images(np.arange(3))), torch.ones(2))
+        predictor.predict(inputs[:3], torch.ones(2))
 
 
 def test_a_network_whose_answers_overflow_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
