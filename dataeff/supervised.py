@@ -396,6 +396,10 @@ class SupervisedExperiment(Experiment):
             self.optimizer.load_state_dict(state["optimizer"])
         self.bad_steps = int(state["bad_steps"])
 
+    @property
+    def data_fingerprint(self) -> str:
+        return self.splits.fingerprint
+
     def input_signature(self) -> str:
         """The part of `signature` that comes from the data."""
         return f"{self.num_classes} classes, input {'x'.join(map(str, self.splits.image_shape))}"

@@ -20,6 +20,8 @@ from dataeff.core.config import Config, ExperimentConfig
 from dataeff.core.experiment import Experiment
 from dataeff.core.run import RunDirectory, RunState, newest_checkpoint, read_rows, save_step, write_rows
 from dataeff.core.runtime import Runtime
+from tests.test_data_sources import encoded, picture, write_parquet
+from tests.test_skipnet_experiment import TINY
 
 
 class StageConfig(Config):
@@ -167,6 +169,27 @@ def test_a_resumed_run_ends_at_the_numbers_of_an_undisturbed_one(tmp_path: Path)
     list(resumed.advance())
     assert [row["position"] for row in resumed.rows] == whole
     assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5]
+
+
+def write_images(folder: Path, first: int) -> None:
+    for name, numbers in (("train", range(first, first + 60)), ("test", range(200, 220))):
+        images = [encoded(picture(number)) for number in numbers]
+        write_parquet(folder / f"{name}.parquet", images, [number % 2 for number in numbers])
+
+
+def test_a_run_is_not_continued_on_other_images(tmp_path: Path) -> None:
+    def interrupt(row: dict[str, float], total: int) -> None:
+        raise KeyboardInterrupt
+
+    write_images(tmp_path / "set", 0)
+    given = ("skipnet", f"parquet:{tmp_path / 'set'}", tmp_path / "run", TINY)
+    with pytest.raises(KeyboardInterrupt):
+        dataeff.train(*given, report=interrupt)
+    write_images(tmp_path / "set", 1)
+    with pytest.raises(ValueError, match=r"parquet:.*set holds other images or labels than when the run was begun"):
+        dataeff.train(*given, resume=True)
+    write_images(tmp_path / "set", 0)
+    assert dataeff.train(*given, resume=True, report=lambda row, total: None)["metrics"]
 
 
 # the run's folder

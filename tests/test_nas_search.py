@@ -160,6 +160,8 @@ def test_a_search_without_labels_sees_images_that_have_none(tmp_path: Path) -> N
     finish(experiment)
     assert experiment.training is not None and len(experiment.training.splits.train) == 20
     assert experiment.evaluate("test")["accuracy"] >= 0
+    alone = NasSearchExperiment(parse_config(NasSearchConfig, merge(TINY, {"ss_factor": 1.0})), few, Runtime("cpu"))
+    assert experiment.data_fingerprint != alone.data_fingerprint == alone.task.splits.fingerprint
     with pytest.raises(ValueError, match=r"images are \(1, 8, 8\), those of letters are \(1, 16, 16\)"):
         NasSearchExperiment(experiment.config, "letters", Runtime("cpu"))
 

@@ -49,6 +49,11 @@ class Experiment(ABC):
         seed_everything(self.seed)
 
     @property
+    def data_fingerprint(self) -> str:
+        """Of what the data holds, so that a run is not continued on other data; empty: it may change meanwhile."""
+        return ""
+
+    @property
     @abstractmethod
     def total_steps(self) -> int:
         """How many calls of `step` complete the run."""

@@ -38,6 +38,11 @@ class RunState:
         self._warnings: list[str] = []
         if checkpoint is not None:
             state = load_checkpoint(checkpoint)
+            if state["data"] != experiment.data_fingerprint:
+                raise ValueError(
+                    f"{experiment.data} holds other images or labels than when the run was begun: put those back, or "
+                    "begin anew"
+                )
             experiment.load_state_dict(state["experiment"])
             self.rows = list(state["rows"])
 
@@ -65,7 +70,8 @@ class RunState:
         return taken
 
     def save(self, directory: str | Path) -> None:
-        save_checkpoint(directory, {"experiment": self.experiment.state_dict(), "rows": self.rows})
+        state = {"experiment": self.experiment.state_dict(), "rows": self.rows}
+        save_checkpoint(directory, state | {"data": self.experiment.data_fingerprint})
 
 
 class RunDirectory:

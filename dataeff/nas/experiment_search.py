@@ -6,6 +6,7 @@ Source: spec ss_pcp_darts sections 2.1 and 9.
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from dataeff.core.experiment import Experiment
 from dataeff.core.run import replace_text
 from dataeff.core.runtime import Runtime
 from dataeff.data import ImageSource, Preprocess, Splits, absolute_spec, open_images, open_splits
+from dataeff.data.fingerprint import text_fingerprint
 from dataeff.nas import analysis
 from dataeff.nas.architecture import architecture_parameters, parse_architecture
 from dataeff.nas.differentiable import DifferentiableSearch
@@ -26,6 +28,7 @@ from dataeff.nas.gated import GatedSearch
 from dataeff.nas.routing import RoutingSearch
 from dataeff.nas.search import Searcher, SearchTask
 from dataeff.nas.settings import DIFFERENTIABLE, SearchSettings
+from dataeff.pretraining.pool import Pool
 
 SEARCHERS: dict[str, type[Searcher]] = {
     **dict.fromkeys(DIFFERENTIABLE, DifferentiableSearch),
@@ -83,6 +86,13 @@ class NasSearchExperiment(Experiment):
         self.training: NasTrainExperiment | None = None
         self.search_seconds = 0.0
         self.peak_memory = 0
+
+    @cached_property
+    def data_fingerprint(self) -> str:  # type: ignore[override]
+        labelled = self.task.splits.fingerprint
+        if self.config.search_data is None:
+            return labelled
+        return text_fingerprint(labelled, Pool(self.task.pool).fingerprint())
 
     def open_pool(self, text: str, splits: Splits) -> ImageSource:
         """The images of `search_data`."""
