@@ -425,6 +425,21 @@ def test_images_without_labels_can_be_opened_where_none_is_read(parquet: Path) -
         open_images(f"parquet:{parquet}")
 
 
+def test_a_folder_of_images_without_classes_can_be_opened_where_no_label_is_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no images .files named .bmp"):
+        open_images(f"folder:{tmp_path}")
+    for number in range(5):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    pool = open_images(f"folder:{tmp_path}")
+    assert len(pool) == 5 and set(pool.labels) == {UNKNOWN} and pool.describe(3) == "3.png"
+    assert torch.equal(pool.images([2])[0], torch.tensor(np.array(picture(2))).permute(2, 0, 1))
+    with pytest.raises(FileNotFoundError, match="no class folders"):
+        open_splits(f"folder:{tmp_path}")
+    write_folder(tmp_path, {"cat": 10, "dog": 10})
+    assert set(open_images(f"folder:{tmp_path}?val=0").labels) == {0, 1}
+
+
 def test_an_empty_or_unknown_class_folder_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"cat": 3, "dog": 3})
     (tmp_path / "train" / "emu").mkdir()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dataeff.data.fingerprint import files_fingerprint
-from dataeff.data.sources import EncodedRecords, RawData, RawSplit
+from dataeff.data.sources import UNKNOWN, EncodedRecords, RawData, RawSplit
 from dataeff.data.spec import DataSpec
 from dataeff.data.subsets import IntArray
 
@@ -22,9 +22,7 @@ def open_folder(spec: DataSpec) -> RawData:
 
     The classes are the sorted folder names of the training split. Files whose suffix is not an image's are ignored.
     """
-    root = Path(spec.location).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"folder:{spec.location}: no such folder")
+    root = _root(spec)
     folders = {
         split: next((root / name for name in names if (root / name).is_dir()), None)
         for split, names in _SPLIT_FOLDERS.items()
@@ -40,6 +38,29 @@ def open_folder(spec: DataSpec) -> RawData:
     splits = {split: RawSplit(FolderRecords(root, files), labels) for split, (files, labels) in listed.items()}
     content = files_fingerprint(root, [path for files, _ in listed.values() for path in files])
     return RawData(classes, splits["train"], splits.get("val"), splits.get("test"), content)
+
+
+def open_unlabelled(spec: DataSpec) -> RawData | None:
+    """All images of a folder without folders in it: all `UNKNOWN`, no classes; None where there are folders.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+    """
+    root = _root(spec)
+    if _class_folders(root):
+        return None
+    files = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"folder:{spec.location}: no images (files named {' '.join(sorted(SUFFIXES))})")
+    train = RawSplit(FolderRecords(root, files), np.full(len(files), UNKNOWN, np.int64))
+    return RawData((), train, None, None, files_fingerprint(root, files))
+
+
+def _root(spec: DataSpec) -> Path:
+    root = Path(spec.location).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder:{spec.location}: no such folder")
+    return root
 
 
 class FolderRecords(EncodedRecords):

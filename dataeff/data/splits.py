@@ -37,7 +37,7 @@ _OPENERS: dict[str, str] = {
     "labelling": "dataeff.data.labelling:open_labelling",
     "torchvision": "dataeff.data.torchvision_sets:open_torchvision",
 }
-_UNLABELLED = "dataeff.data.parquet:open_unlabelled"
+_UNLABELLED = {"parquet": "dataeff.data.parquet:open_unlabelled", "folder": "dataeff.data.folder:open_unlabelled"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def open_splits(text: str) -> Splits:
 
 
 def open_images(text: str) -> ImageSource:
-    """The training images that `text` names, for what reads no label: `parquet:` may lack the column `label`.
+    """The training images that `text` names, for what reads no label: `parquet:` may lack the column `label`, and
+    `folder:` the folders of classes.
 
     The labels of such images are `UNKNOWN`, and nothing is cut off for other splits.
 
@@ -142,7 +143,7 @@ def open_images(text: str) -> ImageSource:
         FileNotFoundError, ValueError: as `open_splits`; options that choose by label, for images without labels.
     """
     spec = parse_spec(text)
-    raw: RawData | None = resolve_name(_UNLABELLED)(spec) if spec.kind == "parquet" else None
+    raw: RawData | None = resolve_name(_UNLABELLED[spec.kind])(spec) if spec.kind in _UNLABELLED else None
     if raw is None:
         return open_splits(text).train
     idle = sorted(spec.given & {"labels", "rate", "longtail", "val", "test"})
