@@ -4,6 +4,7 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,12 +55,10 @@ def model(args: dict[str, str]) -> Application:
     Raises:
         click.UsageError: an unknown or bad argument, or no usable artifact there; `serve run` prints it as one line.
     """
-    try:
+    with one_line():
         options = parse_options(args)
         for version in options.versions().values():
             read_artifact(version.artifact)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
     return build(options, partial(load, device=options.device))
 
 
@@ -69,12 +68,10 @@ def cascade(args: dict[str, str]) -> Application:
     Raises:
         click.UsageError: as for `model`.
     """
-    try:
+    with one_line():
         options = parse_cascade_options(args)
         for version in options.versions().values():
             load_cascade(version, options.device, networks=False)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
     return build_cascade(options)
 
 
@@ -84,16 +81,12 @@ def labelling(args: dict[str, str]) -> Application:
     Raises:
         click.UsageError: as for `model`; also for a folder that holds no labelling by people.
     """
-    try:
+    with one_line():
         options = parse_labelling_options(args)
         read_manifest(Path(options.out))
         if options.artifact:
             read_artifact(options.artifact)
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
-    deployment = serve.deployment(**deployment_settings("LabellingServer", options))
-    application: Application = deployment(serve.ingress()(LabellingServer)).bind(options)
-    return application
+    return host(LabellingServer, options)
 
 
 def robustness(args: dict[str, str]) -> Application:
@@ -102,14 +95,19 @@ def robustness(args: dict[str, str]) -> Application:
     Raises:
         click.UsageError: as for `model`; also for an artifact of a network that cannot be attacked.
     """
-    try:
+    with one_line():
         options = parse_robustness_options(args)
         read_attackable(options.artifact)
+    return host(RobustnessServer, options)
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """What is wrong with arguments or folders, as `serve run` prints it: one line and no traceback."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
-    deployment = serve.deployment(**deployment_settings("RobustnessServer", options))
-    application: Application = deployment(serve.ingress()(RobustnessServer)).bind(options)
-    return application
 
 
 def parse_options(args: Mapping[str, Any]) -> ModelOptions:
@@ -148,8 +146,13 @@ def _absolute(folders: str) -> str:
 
 def build(options: ModelOptions, load: Callable[[str], Predictor] = load) -> Application:
     """The application for `options`; `load` turns the artifact folder into a predictor inside each replica."""
-    deployment = serve.deployment(**deployment_settings("ModelServer", options))
-    application: Application = deployment(serve.ingress()(ModelServer)).bind(options, load)
+    return host(ModelServer, options, load)
+
+
+def host(server: type["Host"], options: HostOptions, *given: Any) -> Application:
+    """The application whose only deployment is `server(options, *given)`."""
+    deployment = serve.deployment(**deployment_settings(server.__name__, options))
+    application: Application = deployment(serve.ingress()(server)).bind(options, *given)
     return application
 
 
@@ -157,9 +160,7 @@ def build_cascade(options: CascadeOptions, loader: Loader | None = None) -> Appl
     """The application for a cascade in either layout; `loader` is used inside the replicas."""
     loader = loader or Loader(partial(load_cascade, device=options.device), partial(load_stage, device=options.device))
     if options.layout == "colocated":
-        deployment = serve.deployment(**deployment_settings("CascadeServer", options))
-        application: Application = deployment(serve.ingress()(CascadeServer)).bind(options, loader)
-        return application
+        return host(CascadeServer, options, loader)
     stages = [
         serve.deployment(**stage_settings(options, number))(StageServer).bind(options, number, loader)
         for number in range(options.stage_count(loader.cascade))

@@ -34,7 +34,7 @@ def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
     """The content of a Serve config file; `kind` is one of `APPLICATIONS`.
 
     Raises:
-        ValueError, OSError: unknown or bad arguments, or no cascade to count the stages of.
+        ValueError, OSError: unknown or bad arguments, or no usable cascade.
     """
     parse, deployment = APPLICATIONS[kind]
     options = parse(args)
@@ -61,11 +61,11 @@ def serve_config(kind: str, args: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _deployments(options: HostOptions, name: str) -> list[dict[str, Any]]:
+    stages = options.stage_count(load_cascade) if isinstance(options, CascadeOptions) else 0
     if not isinstance(options, CascadeOptions) or options.layout == "colocated":
         return [_plain(deployment_settings(name, options))]
     front = deployment_settings(name, options, cpus=options.router_cpus)
-    stages = range(options.stage_count(load_cascade))
-    return [_plain(front), *(_plain(stage_settings(options, number)) for number in stages)]
+    return [_plain(front), *(_plain(stage_settings(options, number)) for number in range(stages))]
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

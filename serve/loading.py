@@ -1,4 +1,4 @@
-"""From a version's folders to a cascade, whole or without its networks."""
+"""From folders to what is served: a version's cascade, whole or without its networks, or a network to attack."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

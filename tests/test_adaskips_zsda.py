@@ -178,6 +178,8 @@ def test_the_artifact_answers_for_the_target(tmp_path: Path) -> None:
     finish(experiment)
     predictor, _, _ = answers(experiment, tmp_path / "artifact")
     assert predictor.card.data["name"] == "rendered-digits -> digits"
+    domains = [zsda.open_splits(name).fingerprint for name in ("rendered-digits", "digits")]
+    assert experiment.data_fingerprint == predictor.card.data["fingerprint"] not in domains
 
 
 def test_both_domains_are_scored() -> None:

@@ -23,6 +23,12 @@ class ThreeStages(BaseModel):
     costs: list[float] = [1.0, 2.0, 3.0]
 
 
+@pytest.fixture
+def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "load_cascade", lambda version, networks: ThreeStages())
+
+
+@pytest.mark.usefixtures("no_networks")
 @pytest.mark.parametrize("kind", APPLICATIONS)
 def test_every_application_has_a_file_that_ray_takes_whole(kind: str) -> None:
     content = yaml.safe_load(yaml.safe_dump(serve_config(kind, ARGUMENTS[kind])))
@@ -49,8 +55,8 @@ def test_versions_stand_in_the_file_and_folders_are_absolute() -> None:
     assert robust["args"]["artifact"] == parse_robustness_options(ARGUMENTS["robustness"]).artifact
 
 
-def test_stages_that_are_deployments_share_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "load_cascade", lambda version, networks: ThreeStages())
+@pytest.mark.usefixtures("no_networks")
+def test_stages_that_are_deployments_share_one_table() -> None:
     arguments = {"artifact": "a", "layout": "distributed", "stage_replicas": "1,1,2"}
     content = serve_config("cascade", arguments)
     front, *stages = content["applications"][0]["deployments"]
@@ -80,6 +86,7 @@ def test_another_kind_or_no_pair_shows_the_usage(arguments: list[str]) -> None:
         (["model", "artifact=a,b", "split=0.5"], "1 shares for 2 versions"),
         (["robustness"], "artifact"),
         (["cascade", "artifact=a", "stages=b"], "give either artifact=DIR"),
+        (["cascade", "artifact=nowhere"], "no such directory"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,8 @@ class AttackableNetwork:
         """
         if alpha is not None and name in ("pgd", "bim") and steps * alpha < eps:
             raise ValueError(f"alpha = {alpha:g}: {steps} steps cannot reach eps = {eps:g}; raise alpha or steps")
-        # Where eps / 4 is 0, any step will do.
+        # Divided by a power of two, at most `steps`, so that no rounding keeps the steps from eps; where that is 0, any
+        # step will do.
         step = alpha or eps / min(4, 1 << (steps.bit_length() - 1)) or AttackConfig(name="pgd").alpha
         values = {"name": name, "eps": eps, "steps": steps, "alpha": step, "ffgsm_alpha": alpha or 1.25 * eps or step}
         cfg = parse_config(AttackConfig, values | settings, "attack")

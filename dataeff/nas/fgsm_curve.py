@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dataeff.core.plots import new_figure
 from dataeff.core.run import replace_text
 from dataeff.data import ImageSource
-from dataeff.data.decode import centre_crop
-from dataeff.nas.threat import AttackConfig, check_batch, clip, frozen, refuse_masked, respond
+from dataeff.nas.threat import AttackConfig, check_batch, clip, frozen, read_pixels, refuse_masked, respond
 
 FGSM = "fgsm.json"
 EPS_GRID = tuple(step / 255 for step in (0, 1, 2, 4, 8, 12, 16, 24, 32))
@@ -68,10 +67,8 @@ def mean_curve(
         chunk: images at a time.
     """
     p_true, right = (torch.zeros(len(EPS_GRID), dtype=torch.float64) for _ in range(2))
-    for first in range(0, len(images), chunk):
-        rows = range(first, min(first + chunk, len(images)))
-        x = centre_crop(images.images(rows), size).to(device).float() / 255
-        y = torch.from_numpy(images.labels[rows.start : rows.stop]).to(device)
+    for rows in torch.arange(len(images)).split(chunk):
+        x, y = read_pixels(images, rows, size, device)
         curve = fgsm_probability_curve(model, x, y)
         p_true += curve["p_true"].double().sum(1).cpu()
         right += (curve["pred"] == y).double().sum(1).cpu()

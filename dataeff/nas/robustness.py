@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dataeff.data import ImageSource
-from dataeff.data.decode import centre_crop
 from dataeff.metrics.robustness import harmonic_robustness_score, topk_correct
 from dataeff.nas.attacks import attack, scaled
-from dataeff.nas.threat import AttackConfig, NormalizedModel, Space, check_labels, clip, frozen
+from dataeff.nas.threat import AttackConfig, NormalizedModel, Space, check_labels, clip, frozen, read_pixels
 
 __all__ = ["NormalizedModel", "RobustnessEvaluator", "RobustnessReport", "masking_flags", "masking_probes"]
 
@@ -241,11 +240,7 @@ class RobustnessEvaluator:
 
     def _answer(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of a chunk as the item `name` has changed it, and labels."""
-        pixels = self.images.images(indices)
-        if self.size is not None:
-            pixels = centre_crop(pixels, self.size)
-        x = pixels.to(self.device).float() / 255
-        y = torch.from_numpy(self.images.labels[indices.numpy()]).to(self.device)
+        x, y = read_pixels(self.images, indices, self.size, self.device)
         network: nn.Module = self.model
         with torch.no_grad():
             if self.space == "model_input":

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dataeff.core.config import Config
+from dataeff.data import ImageSource
+from dataeff.data.decode import centre_crop
 from dataeff.data.transforms import uniform_draws
 
 AttackName = Literal["fgsm", "ffgsm", "pgd", "apgd", "bim", "noise"]
@@ -139,6 +141,21 @@ class NormalizedModel(nn.Module):
         """Pixels (B, C, H, W) in [0, 1] -> logits (B, K)."""
         logits: Tensor = self.model(self.normalize(x))
         return logits
+
+
+def read_pixels(
+    images: ImageSource, rows: Tensor, size: tuple[int, int] | None, device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    """What is attacked: pixels float (B, C, H, W) in [0, 1], and labels int64 (B,).
+
+    Args:
+        rows: int64 (B,), numbers of the images.
+        size: (height, width) cut from the images' centres; None: as they are.
+    """
+    pixels = images.images(rows)
+    if size is not None:
+        pixels = centre_crop(pixels, size)
+    return pixels.to(device).float() / 255, torch.from_numpy(images.labels[rows.numpy()]).to(device)
 
 
 # --- what an attack does to images ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dataeff.core.artifact import Artifact, Predictor
 from dataeff.core.config import ExperimentConfig, parse_config
 from dataeff.core.runtime import Runtime
 from dataeff.data import Augment, Batch, ImageSource, Preprocess, Splits, TrainStream, absolute_spec, open_splits
+from dataeff.data.fingerprint import text_fingerprint
 from dataeff.dynamic.adaskips.adaptation import ADDATrainer, UniformPriorRegularizer
 from dataeff.dynamic.adaskips.base import HostConfig, SkipExperiment
 from dataeff.dynamic.adaskips.network import TransferNetwork, TransferOutput, frozen_copy
@@ -102,7 +103,8 @@ class ZsdaExperiment(SkipExperiment):
             )
         self.target_images = target.train
         trained_on = target.train if config.target_only else source.train
-        return replace(target, name=f"{data} -> {config.target}", train=trained_on)
+        both = text_fingerprint(source.fingerprint, target.fingerprint)
+        return replace(target, name=f"{data} -> {config.target}", train=trained_on, fingerprint=both)
 
     def fit_preprocess(self) -> Preprocess:
         """To [-1, 1], the same for both domains."""
